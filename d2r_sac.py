@@ -1,0 +1,975 @@
+# SPDX-License-Identifier: MIT
+"""Dynamic Depth Routing (D2R) with multi-task SAC on Meta-World, in one file.
+
+One policy for many tasks: a routing network picks, for every state and task, which of M base modules to use and how
+to wire them, so that easy tasks take few modules and hard tasks many. Paper: He et al., "Not All Tasks Are Equally
+Difficult: Multi-Task Deep Reinforcement Learning with Dynamic Depth Routing", AAAI 2024, arXiv:2312.14472.
+
+    concept                  in symbols                                                       here
+    routing network          z = router(h * e), h = encoder(s), e = encoder(task)             RoutingNetwork
+    base modules             x_i = sum_j w_{i-1,j} o_j,  o_i = relu(W_i x_i + b_i) + x_i      BaseModules
+    Top-K                    the K largest logits of each row                                 top_k
+    Sample-K                 K draws without replacement from softmax(z_i / tau_task)         sample_k
+    routing weights          w_i = softmax(z_i) over the chosen sources only                  routing_weights
+    depth                    modules that the chosen edges connect to the head                used_modules
+    ResRouting               edge (i, j) sends its gradient to all of o_j, or to x_j alone    gradient_kept, BaseModules
+    SAC losses               per task; alpha_task, task weights, extreme-loss mask            "Losses", Agent.update
+    automatic route balance  tau_task = T softmax(-log alpha)_task                            route_temperatures
+
+Symbols: T tasks, M modules, H module width, K routing sources, B samples in a batch, n = B / T samples of each task.
+Modules count from 0. Row i of the routing table, i = 0 ... M-1, weighs the outputs of modules 0 ... i that enter
+module i+1; the last row feeds the head. `# NOTE:` marks where the authors' code settles or departs from the paper.
+
+    python d2r_sac.py --env-id MT10                          train
+    python d2r_sac.py --resume results/RUN                   go on after an interruption
+    python d2r_sac.py --evaluate results/RUN/actor.pt        evaluate a saved policy
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import gymnasium as gym
+import metaworld
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from metaworld.evaluation import evaluation as metaworld_evaluation
+from torch import Tensor, nn
+
+# ------------------------------------------------------------------------------------------------------- arguments
+
+
+@dataclass
+class Args:
+    """Dynamic Depth Routing (D2R) with multi-task SAC on Meta-World.
+
+    The defaults are the paper's. Steps are environment steps, summed over tasks.
+    """
+
+    # Benchmark
+    env_id: str = "MT10"
+    """MT10, MT25, MT50, one Meta-World V3 task (reach-v3) or several (reach-v3,drawer-close-v3)"""
+    goals: Literal["random", "fixed"] = "random"
+    """random: a new goal each episode, of 50 per task; fixed: one goal per task for the whole run"""
+    episode_length: int = 200
+    """time limit of an episode, in steps of its task; at most 500"""
+
+    # Budget; None: from --env-id
+    total_steps: int | None = None
+    """environment steps of the run (15M for MT10, 50M for MT50, 1.5M per task otherwise)"""
+    buffer_size: int | None = None
+    """transitions of replay, over all tasks (1M for MT10, 10M for MT50, 100,000 per task otherwise)"""
+    batch_size: int | None = None
+    """samples of an update, over all tasks, the same number of each (128 per task)"""
+    learning_starts: int | None = None
+    """environment steps with the untrained stochastic policy before the first update (4,000 per task)"""
+
+    # Networks and routing
+    num_modules: int = 16
+    """M, base modules of a network"""
+    top_k: int = 2
+    """K, routing sources of a module; 0: soft routing over every earlier module"""
+    module_width: int = 128
+    """H, width of a base module"""
+    encoder_widths: tuple[int, ...] = (400, 400)
+    """widths of the observation encoder's layers; the last is also the task encoder's"""
+    router_widths: tuple[int, ...] = (256, 256)
+    """widths of the hidden layers between the encoders and the routing logits"""
+    resrouting: bool = True
+    """ResRouting; without it every gradient reaches every chosen module"""
+    route_balancing: bool = True
+    """automatic route balancing; without it every task samples its routes at temperature 1"""
+    sample_k: bool = True
+    """Sample-K while acting and in the critics' regression; without it Top-K there too"""
+
+    # Soft actor-critic
+    gamma: float = 0.99
+    """discount factor"""
+    tau: float = 0.005
+    """rate of the target critics' Polyak averaging"""
+    learning_rate: float = 3e-4
+    """Adam's learning rate for the actor and the critics"""
+    alpha_learning_rate: float = 1e-4
+    """Adam's learning rate for each task's log alpha"""
+    initial_alpha: float = 1.0
+    """entropy coefficient of every task at the start; alpha never exceeds 1"""
+    target_entropy: float = -4.0
+    """entropy that each task's alpha steers the policy towards, in nats: minus the size of an action"""
+    reward_scale: float = 0.1
+    """factor on the environments' rewards"""
+    max_task_loss: float = 3e3
+    """a task whose summed loss exceeds this is left out of the update"""
+    max_grad_norm: float = 1.0
+    """gradient norm to which the actor, each critic and log alpha are clipped, each by itself"""
+
+    # Evaluation
+    eval_every: int | None = None
+    """environment steps between evaluations (a thirtieth of the run)"""
+    eval_episodes: int = 50
+    """episodes of each task in an evaluation"""
+    evaluate: str | None = None
+    """path of an actor.pt: evaluate this policy on the tasks it was trained for, and train nothing"""
+
+    # The run
+    seed: int = 1
+    """of the networks, the sampling and the goals"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where the networks are; auto: cuda where there is one"""
+    torch_deterministic: bool = False
+    """only deterministic algorithms, on CUDA too"""
+    results_dir: str = "results"
+    """directory of the run directories"""
+    run_name: str | None = None
+    """name of the run's directory (benchmark, goals, seed and time)"""
+    resume: str | None = None
+    """run directory to go on in, with the arguments it was started with where they are not given anew"""
+    log_every: int = 10_000
+    """environment steps between rows of progress.csv"""
+    checkpoint_minutes: float = 10.0
+    """minutes between checkpoints; there is one at the end and at SIGINT or SIGTERM in any case"""
+    tensorboard: bool = True
+    """write TensorBoard events"""
+
+
+BENCHMARKS = ("MT10", "MT25", "MT50")
+TASK_ARGS = ("env_id", "num_modules", "top_k", "module_width", "encoder_widths", "router_widths")
+RUN_ARGS = (*TASK_ARGS, "goals", "episode_length", "seed", "buffer_size")
+
+
+class UsageError(Exception):
+    """A mistake in what the user asked for; its message says what is wrong and what to write instead."""
+
+
+class RunError(Exception):
+    """Something that ends a run while it goes; its message says what, and where in the run."""
+
+
+def task_names(env_id: str) -> list[str]:
+    """The tasks of `--env-id`, in the order of their indices."""
+    if env_id in BENCHMARKS:
+        return list(getattr(metaworld.env_dict, f"{env_id}_V3"))
+    tasks = env_id.split(",")
+    known = {name.lower(): name for name in (*BENCHMARKS, *metaworld.env_dict.ALL_V3_ENVIRONMENTS)}
+    for task in tasks:
+        if task not in metaworld.env_dict.ALL_V3_ENVIRONMENTS:
+            nearest = ", ".join(known[name] for name in difflib.get_close_matches(task.lower(), known, cutoff=0))
+            raise UsageError(f"--env-id: there is no task or benchmark {task!r}; the nearest names are {nearest}")
+        if tasks.count(task) > 1:
+            raise UsageError(f"--env-id: {task} is named twice; name each task once")
+    return tasks
+
+
+def parse_arguments(argv: list[str] | None) -> tuple[Args, list[str], dict | None]:
+    """Read and check the command line, before anything is built.
+
+    Returns the arguments with every budget filled in, the tasks, and the contents of the file that --resume or
+    --evaluate names. Raises UsageError.
+    """
+    args, saved = tyro.cli(Args, args=argv, description=__doc__.split("\n")[0]), None
+    if args.resume and args.evaluate:
+        raise UsageError("--resume and --evaluate exclude each other; give one of them")
+    if args.resume or args.evaluate:
+        option, same_args = ("--resume", RUN_ARGS) if args.resume else ("--evaluate", TASK_ARGS)
+        path = Path(args.resume, "checkpoint.pt") if args.resume else Path(args.evaluate)
+        saved, saved_args = load(path, option)
+        args = tyro.cli(Args, args=argv, default=replace(saved_args, resume=args.resume, evaluate=args.evaluate))
+        for name in same_args:
+            if getattr(args, name) != getattr(saved_args, name):
+                flag, value = "--" + name.replace("_", "-"), getattr(saved_args, name)
+                raise UsageError(f"{option}: {path} was made with {flag} {value}; leave {flag} out or give that value")
+
+    tasks = task_names(args.env_id)
+    T = len(tasks)
+    steps, replay = {"MT50": (1_000_000, 200_000)}.get(args.env_id, (1_500_000, 100_000))  # per task
+    args.total_steps = args.total_steps if args.total_steps is not None else steps * T
+    args.buffer_size = args.buffer_size if args.buffer_size is not None else replay * T
+    args.batch_size = args.batch_size if args.batch_size is not None else 128 * T
+    args.learning_starts = args.learning_starts if args.learning_starts is not None else 4_000 * T
+    args.eval_every = args.eval_every if args.eval_every is not None else max(args.total_steps // 30, 1)
+
+    for name, value in asdict(args).items():
+        flag = "--" + name.replace("_", "-")
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            raise UsageError(f"{flag} is {value}; it must be a finite number")
+        if name in ("gamma", "tau"):
+            if not 0 <= value <= 1:
+                raise UsageError(f"{flag} is {value}; it must lie in [0, 1]")
+        elif name not in ("seed", "top_k", "target_entropy") and any(
+            isinstance(number, (int, float)) and not isinstance(number, bool) and number <= 0 for number in numbers
+        ):
+            raise UsageError(f"{flag} is {value}; it must be positive")
+    if not (args.encoder_widths and args.router_widths):
+        raise UsageError("--encoder-widths and --router-widths need at least one width each")
+    if args.num_modules > 256:
+        raise UsageError(f"--num-modules is {args.num_modules}; routes are stored in bytes, so at most 256 are possible")
+    if not 0 <= args.top_k <= args.num_modules:
+        raise UsageError(f"--top-k is {args.top_k}; it must lie between 0 and --num-modules, {args.num_modules}")
+    if args.batch_size % T:
+        low, high = args.batch_size // T * T or T, -(-args.batch_size // T) * T
+        raise UsageError(f"--batch-size {args.batch_size} does not divide into {T} tasks; write {low} or {high}")
+    if args.buffer_size < args.batch_size:
+        raise UsageError(f"--buffer-size {args.buffer_size} is less than a batch, {args.batch_size}; make it larger")
+    if args.learning_starts < T:
+        raise UsageError(f"--learning-starts is {args.learning_starts}; each of the {T} tasks needs a step before")
+    if args.episode_length > 500:
+        raise UsageError(f"--episode-length is {args.episode_length}; Meta-World's episodes have at most 500 steps")
+    if args.initial_alpha > 1:
+        raise UsageError(f"--initial-alpha is {args.initial_alpha}; alpha is clamped to at most 1")
+    if not 0 <= args.seed < 2**31:
+        raise UsageError(f"--seed is {args.seed}; it must lie between 0 and 2147483647")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: PyTorch finds no CUDA device here; write --device cpu or auto")
+    return args, tasks, saved
+
+
+# ---------------------------------------------------------------------------------------------------- environments
+
+
+def make_envs(tasks: list[str], args: Args) -> gym.vector.AsyncVectorEnv:
+    """One worker process per task; episodes end by truncation, and reset in the same step.
+
+    Observations are the 39 numbers of the task alone; a task is its index in the vector.
+    """
+    # A worker builds its own task, in parallel with the others. It does not see Ctrl-C or a batch system's SIGTERM
+    # to the whole process group, so that the learner can still write a checkpoint; it ends with the learner.
+    old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        make_env = partial(metaworld.make_mt_envs, seed=args.seed, max_episode_steps=args.episode_length)
+        envs = gym.vector.AsyncVectorEnv(
+            [partial(make_env, task) for task in tasks], autoreset_mode=gym.vector.AutoresetMode.SAME_STEP
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
+    if args.goals == "fixed":
+        envs.set_attr("tasks", [goals[:1] for goals in envs.get_attr("tasks")])
+    return envs
+
+
+def close_envs(envs: gym.vector.AsyncVectorEnv) -> None:
+    """End the worker processes, whatever state they are in: they hold nothing that needs a goodbye."""
+    for process in envs.processes:
+        process.kill()
+        process.join()
+    envs.closed = True
+
+
+# --------------------------------------------------------------------------------------------------- replay buffer
+
+
+class Transition(NamedTuple):
+    """One step of every task, (T, ...), or a batch of such steps, task by task, (T * n, ...)."""
+
+    obs: Tensor  # (., 39) float32
+    action: Tensor  # (., 4) float32, in [-1, 1]
+    reward: Tensor  # (.,) float32, as the environment gave it
+    next_obs: Tensor  # (., 39) float32; at a truncation the episode's true last observation
+    terminated: Tensor  # (.,) bool; a truncation is no termination
+    routes: Tensor  # (., M, K) uint8, the sources that the behaviour policy chose
+
+
+class ReplayBuffer:
+    """A ring per task, in preallocated tensors (capacity, T, ...). The tasks step together, so the rings turn together.
+
+    capacity: transitions of each task. Memory is taken only as it fills.
+    """
+
+    def __init__(self, capacity: int, T: int, obs_dim: int, action_dim: int, M: int, K: int):
+        self.capacity, self.T, self.size, self.position = capacity, T, 0, 0
+        self.storage = Transition(
+            obs=torch.empty(capacity, T, obs_dim),
+            action=torch.empty(capacity, T, action_dim),
+            reward=torch.empty(capacity, T),
+            next_obs=torch.empty(capacity, T, obs_dim),
+            terminated=torch.empty(capacity, T, dtype=torch.bool),
+            routes=torch.empty(capacity, T, M, K, dtype=torch.uint8),
+        )
+
+    def add(self, transition: Transition) -> None:
+        """Store one step of every task over the oldest one."""
+        for ring, value in zip(self.storage, transition):
+            ring[self.position] = torch.as_tensor(value)
+        self.position = (self.position + 1) % self.capacity
+        self.size = min(self.size + 1, self.capacity)
+
+    def sample(self, n: int, device: torch.device) -> Transition:
+        """n transitions of each task, uniformly with replacement: (T * n, ...), task by task."""
+        rows = torch.randint(self.size, (self.T, n))
+        columns = torch.arange(self.T)[:, None]
+        return Transition(*(ring[rows, columns].flatten(0, 1).to(device) for ring in self.storage))
+
+    def state_dict(self) -> dict:
+        filled = [ring[: self.size].clone() for ring in self.storage]
+        return {"storage": filled, "size": self.size, "position": self.position}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.size, self.position = state["size"], state["position"]
+        for ring, filled in zip(self.storage, state["storage"]):
+            ring[: self.size] = filled
+
+
+# ------------------------------------------------------------------------------------------------- routing network
+
+
+def init_hidden(layer: nn.Linear) -> nn.Linear:
+    # NOTE: the authors' helper takes the first axis, out_features, for the fan-in.
+    nn.init.uniform_(layer.weight, -(layer.out_features**-0.5), layer.out_features**-0.5)
+    nn.init.constant_(layer.bias, 0.1)
+    return layer
+
+
+def init_head(layer: nn.Linear) -> nn.Linear:
+    nn.init.uniform_(layer.weight, -3e-3, 3e-3)
+    nn.init.uniform_(layer.bias, -3e-3, 3e-3)
+    return layer
+
+
+def mlp(*widths: int) -> nn.Sequential:
+    """Linear layers with ReLU between them and no activation at the end."""
+    layers = []
+    for width_in, width_out in zip(widths, widths[1:]):
+        layers += [nn.ReLU(), init_hidden(nn.Linear(width_in, width_out))]
+    return nn.Sequential(*layers[1:])
+
+
+class RoutingNetwork(nn.Module):
+    """State and task to the embedding h and the routing logits z."""
+
+    def __init__(self, input_dim, T, M, encoder_widths, router_widths):
+        super().__init__()
+        self.T, self.M = T, M
+        self.obs_encoder = mlp(input_dim, *encoder_widths)
+        self.task_encoder = init_hidden(nn.Linear(T, encoder_widths[-1]))
+        # NOTE: the authors give the routing logits no initialisation of their own: the last layer counts as hidden.
+        self.router = mlp(encoder_widths[-1], *router_widths, M * (M + 1) // 2)
+
+    def forward(self, inputs: Tensor, task: Tensor) -> tuple[Tensor, Tensor]:
+        """inputs (B, input_dim), task (B,) indices -> h (B, encoder_widths[-1]), table of logits (B, M, M)."""
+        h = self.obs_encoder(inputs)
+        e = self.task_encoder(F.one_hot(task, self.T).to(h.dtype))
+        return h, routing_table(self.router(h * e), self.M)
+
+
+def routing_table(logits: Tensor, M: int) -> Tensor:
+    """(B, M(M+1)/2) logits, row after row, to a table (B, M, M) whose row i has i+1 of them, and -inf behind."""
+    row, column = torch.tril_indices(M, M, device=logits.device)
+    table = logits.new_full((len(logits), M, M), -torch.inf)
+    table[:, row, column] = logits
+    return table
+
+
+def top_k(table: Tensor, K: int) -> Tensor:
+    """The K largest logits of each row: (B, M, M) -> routes (B, M, K). A row with fewer than K repeats its largest."""
+    values, routes = table.topk(K, dim=-1)
+    return torch.where(values == -torch.inf, routes[..., :1], routes)
+
+
+def sample_k(table: Tensor, K: int, temperature: Tensor) -> Tensor:
+    """K draws without replacement from softmax(row / temperature), for each row: (B, M, M), (B,) -> (B, M, K).
+
+    The K largest of logits with Gumbel noise are such draws (Kool et al., ICML 2019).
+    """
+    gumbel = -torch.empty_like(table).exponential_().log()
+    return top_k(table / temperature[:, None, None] + gumbel, K)
+
+
+def chosen_sources(routes: Tensor) -> Tensor:
+    """Routes (B, M, K) -> (B, M, M), true where row i takes module j as a source."""
+    B, M, _ = routes.shape
+    return torch.zeros(B, M, M, dtype=torch.bool, device=routes.device).scatter_(-1, routes.long(), True)
+
+
+def routing_weights(table: Tensor, routes: Tensor) -> Tensor:
+    """Softmax of the untempered logits over the chosen sources, 0 elsewhere: (B, M, M)."""
+    return table.masked_fill(~chosen_sources(routes), -torch.inf).softmax(-1)
+
+
+def used_modules(routes: Tensor) -> Tensor:
+    """Which modules the chosen edges connect to the head: (B, M, K) -> (B, M) bool. Their number is the depth."""
+    chosen = chosen_sources(routes)
+    used = chosen[:, -1].clone()
+    for i in range(routes.shape[1] - 1, 0, -1):  # module i takes its sources from row i-1
+        used |= used[:, i : i + 1] & chosen[:, i - 1]
+    return used
+
+
+def gradient_kept(table: Tensor) -> Tensor:
+    """ResRouting: true where the target policy is likely enough to take edge (i, j), p_ij > 1/(i+2). (B, M, M)."""
+    threshold = 1 / torch.arange(2, table.shape[1] + 2, dtype=table.dtype, device=table.device)
+    return table.softmax(-1) > threshold[:, None]
+
+
+# ---------------------------------------------------------------------------------------------------- base modules
+
+
+class BaseModules(nn.Module):
+    """M modules, each fed by the sources that its row of the routing table chose, and a head fed by the last row."""
+
+    def __init__(self, embedding_dim, output_dim, M, module_width, resrouting):
+        super().__init__()
+        self.resrouting = resrouting
+        input_dims = [embedding_dim] + [module_width] * (M - 1)
+        self.module = nn.ModuleList(init_hidden(nn.Linear(input_dim, module_width)) for input_dim in input_dims)
+        self.head = init_head(nn.Linear(module_width, output_dim))
+
+    def forward(self, h: Tensor, table: Tensor, routes: Tensor) -> Tensor:
+        """h (B, embedding_dim), logits (B, M, M), routes (B, M, K) -> (B, output_dim).
+
+        In eval mode a module that no sample of the batch uses is not computed.
+        """
+        M = len(self.module)
+        weights = routing_weights(table, routes)
+        w = [row.unbind(1) for row in weights.unsqueeze(-1).unbind(1)]  # w[i][j]: (B, 1)
+        block = self.resrouting and torch.is_grad_enabled()
+        if block:
+            blocked = weights.detach() * ~gradient_kept(table)
+            v = [row.unbind(1) for row in blocked.unsqueeze(-1).unbind(1)]
+        computed = range(M) if self.training else used_modules(routes).any(0).nonzero().flatten().tolist()
+
+        f = F.relu(self.module[0](F.relu(h)))  # (B, H)
+        o = {0: f}  # module -> output
+        undo = {0: f.detach() - f}  # module -> zeros that send back to f_j, negated, the gradient they receive
+        for i in [*computed[1:], M]:
+            sources = [j for j in computed if j < i]
+            x = weighted_sum([w[i - 1][j] for j in sources], [o[j] for j in sources])
+            own = x  # what the module's own layer sees: equal to x, with the gradient to f_j of blocked edges undone
+            if block:
+                own = weighted_sum([v[i - 1][j] for j in sources], [undo[j] for j in sources], start=x)
+            if i == M:
+                return self.head(own)
+            f = F.relu(self.module[i](own))
+            o[i] = f + x  # the residual shortcut takes x itself: its gradient is never blocked
+            undo[i] = f.detach() - f
+
+
+def weighted_sum(weights: list[Tensor], terms: list[Tensor], start: Tensor | float = 0.0) -> Tensor:
+    """start + sum_j weights_j * terms_j, as a running sum, which never copies the terms into one tensor."""
+    for weight, term in zip(weights, terms):
+        start = start + weight * term if isinstance(start, float) else torch.addcmul(start, weight, term)
+    return start
+
+
+# ------------------------------------------------------------------------------------------------ actor and critic
+
+
+class D2RNetwork(nn.Module):
+    """A routing network with its base modules: an actor (output: mean and log std) or a critic (output: Q)."""
+
+    def __init__(self, input_dim: int, output_dim: int, T: int, args: Args):
+        super().__init__()
+        self.K = args.top_k or args.num_modules
+        self.routing_network = RoutingNetwork(input_dim, T, args.num_modules, args.encoder_widths, args.router_widths)
+        self.base_modules = BaseModules(
+            args.encoder_widths[-1], output_dim, args.num_modules, args.module_width, args.resrouting
+        )
+
+    def forward(
+        self, inputs: Tensor, task: Tensor, routes: Tensor | None = None, temperature: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """inputs (B, input_dim), task (B,) indices -> output (B, output_dim), routes (B, M, K).
+
+        The routes are those given; else Sample-K's at each task's temperature (T,), where that is given; else Top-K's.
+        """
+        h, table = self.routing_network(inputs, task)
+        if routes is None:
+            routes = top_k(table, self.K) if temperature is None else sample_k(table, self.K, temperature[task])
+        return self.base_modules(h, table, routes), routes
+
+
+class Critics(nn.ModuleList):
+    """The two critics, which share nothing."""
+
+    def forward(self, obs: Tensor, action: Tensor, task: Tensor, temperature: Tensor | None = None) -> Tensor:
+        """-> Q (2, B)."""
+        inputs = torch.cat([obs, action], dim=-1)
+        return torch.stack([critic(inputs, task, temperature=temperature)[0].squeeze(-1) for critic in self])
+
+
+def sample_action(output: Tensor) -> tuple[Tensor, Tensor]:
+    """The actor's output (B, 2A) -> an action (B, A) of the tanh-squashed Gaussian and its log-probability (B,)."""
+    mean, log_std = output.chunk(2, dim=-1)
+    log_std = log_std.clamp(-20, 2)
+    noise = torch.randn_like(mean)
+    u = mean + log_std.exp() * noise
+    log_prob = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)
+    log_prob = log_prob - 2 * (math.log(2) - u - F.softplus(-2 * u))  # minus log(1 - tanh(u)^2)
+    return u.tanh(), log_prob.sum(-1)
+
+
+# ---------------------------------------------------------------------------------------------------------- losses
+# Tensors are (T, n), n samples of each task, and losses (T,).
+
+
+def td_target(reward, terminated, next_q, next_log_prob, alpha, gamma) -> Tensor:
+    """r + gamma (1 - terminated) (min_c Q_c(s', a') - alpha log pi(a'|s')); next_q (2, T, n), alpha (T,)."""
+    # NOTE: the authors mark the time limit as terminal; here a truncation bootstraps.
+    return reward + gamma * ~terminated * (next_q.amin(0) - alpha[:, None] * next_log_prob)
+
+
+def critic_loss(q: Tensor, target: Tensor) -> Tensor:
+    """Squared error, summed over the critics: q (2, T, n), target (T, n) -> (T,)."""
+    return ((q - target) ** 2).mean(-1).sum(0)
+
+
+def actor_loss(q: Tensor, log_prob: Tensor, alpha: Tensor) -> Tensor:
+    """alpha log pi(a|s) - min_c Q_c(s, a): q (2, T, n), log_prob (T, n), alpha (T,) -> (T,)."""
+    return (alpha[:, None] * log_prob - q.amin(0)).mean(-1)
+
+
+def alpha_loss(log_alpha: Tensor, log_prob: Tensor, target_entropy: float) -> Tensor:
+    """-log alpha (log pi(a|s) + target entropy): log_alpha (T,), log_prob (T, n) -> (T,)."""
+    return -log_alpha * (log_prob.detach() + target_entropy).mean(-1)
+
+
+def task_weights(log_alpha: Tensor) -> Tensor:
+    """T softmax(-log alpha), (T,), of mean 1: large for a task whose alpha is low, that is, not yet mastered."""
+    return len(log_alpha) * (-log_alpha.detach()).softmax(0)
+
+
+def masked_mean(losses: Tensor, max_task_loss: float) -> Tensor:
+    """Mean over tasks, (T,) -> (); a task whose loss exceeds max_task_loss counts as 0."""
+    # NOTE: only in the authors' code, after PaCo.
+    return torch.where(losses.detach() > max_task_loss, 0.0, losses).mean()
+
+
+# ----------------------------------------------------------------------------------------- automatic route balancing
+
+
+def route_temperatures(log_alpha: Tensor, args: Args) -> Tensor | None:
+    """tau of each task, (T,), for Sample-K; None where the ablation without Sample-K wants Top-K instead.
+
+    A mastered task's alpha stays high, its tau low: its routes settle. An unmastered task goes on exploring routes.
+    """
+    if not args.sample_k:
+        return None
+    return task_weights(log_alpha) if args.route_balancing else torch.ones_like(log_alpha)
+
+
+# ----------------------------------------------------------------------------------------------------------- agent
+
+
+class Agent:
+    """Actor, critics, target critics, log alpha and their optimizer."""
+
+    def __init__(self, args: Args, tasks: list[str], obs_dim: int, action_dim: int, device: torch.device):
+        self.args, self.tasks, T = args, tasks, len(tasks)
+        self.task = torch.arange(T, device=device)
+        self.actor = D2RNetwork(obs_dim, 2 * action_dim, T, args).to(device)
+        self.critics = Critics(D2RNetwork(obs_dim + action_dim, 1, T, args) for _ in range(2)).to(device)
+        self.target_critics = Critics(D2RNetwork(obs_dim + action_dim, 1, T, args) for _ in range(2)).to(device)
+        self.target_critics.load_state_dict(self.critics.state_dict())
+        self.target_critics.requires_grad_(False)
+        self.log_alpha = torch.full((T,), math.log(args.initial_alpha), device=device, requires_grad=True)
+        networks = [*self.actor.parameters(), *self.critics.parameters()]
+        self.optimizer = torch.optim.Adam([{"params": networks}, {"params": [self.log_alpha]}], fused=True)
+        self.set_learning_rates()
+
+    def set_learning_rates(self) -> None:
+        for group, rate in zip(self.optimizer.param_groups, (self.args.learning_rate, self.args.alpha_learning_rate)):
+            group["lr"] = rate
+
+    @torch.no_grad()
+    def act(self, obs: np.ndarray) -> tuple[np.ndarray, Tensor]:
+        """One observation of each task (T, 39) -> actions (T, 4), routes (T, M, K); both sampled."""
+        obs = torch.as_tensor(obs, dtype=torch.float32, device=self.task.device)
+        output, routes = self.actor(obs, self.task, temperature=route_temperatures(self.log_alpha, self.args))
+        return sample_action(output)[0].cpu().numpy(), routes.cpu()
+
+    def update(self, batch: Transition) -> dict[str, Tensor]:
+        """One update of everything, from n samples of each task. Returns the mean of each loss over tasks.
+
+        Raises RunError, with nothing changed, where a task's loss is not finite.
+        """
+        args, T = self.args, len(self.task)
+        n = len(batch.reward) // T
+        task = self.task.repeat_interleave(n)  # (B,)
+        alpha, weight = self.log_alpha.detach().exp(), task_weights(self.log_alpha)  # (T,)
+        temperature = route_temperatures(self.log_alpha, args)
+
+        # Critics: Top-K for the next action and the target critics, Sample-K for the regression.
+        with torch.no_grad():
+            next_action, next_log_prob = sample_action(self.actor(batch.next_obs, task)[0])
+            next_q = self.target_critics(batch.next_obs, next_action, task)
+            reward, terminated = args.reward_scale * batch.reward.view(T, n), batch.terminated.view(T, n)
+            target = td_target(reward, terminated, next_q.view(2, T, n), next_log_prob.view(T, n), alpha, args.gamma)
+        q = self.critics(batch.obs, batch.action, task, temperature=temperature)
+        critic_losses = weight * critic_loss(q.view(2, T, n), target)
+
+        # Actor: the replayed routes, weighted by today's logits. The critics judge with Top-K and learn nothing.
+        action, log_prob = sample_action(self.actor(batch.obs, task, routes=batch.routes)[0])
+        self.critics.requires_grad_(False)
+        q = self.critics(batch.obs, action, task)
+        self.critics.requires_grad_(True)
+        log_prob = log_prob.view(T, n)
+        actor_losses = weight * actor_loss(q.view(2, T, n), log_prob, alpha)
+        alpha_losses = alpha_loss(self.log_alpha, log_prob, args.target_entropy)
+
+        losses = critic_losses + actor_losses + alpha_losses
+        for index in (~losses.isfinite()).nonzero():
+            raise RunError(f"the loss of {self.tasks[index]} is {losses[index].item()}")
+        self.optimizer.zero_grad()
+        masked_mean(losses, args.max_task_loss).backward()
+        for part in (self.actor.parameters(), *(critic.parameters() for critic in self.critics), [self.log_alpha]):
+            nn.utils.clip_grad_norm_(part, args.max_grad_norm)
+        self.optimizer.step()
+        with torch.no_grad():
+            self.log_alpha.clamp_(max=0)  # NOTE: only in the authors' code.
+            torch._foreach_lerp_([*self.target_critics.parameters()], [*self.critics.parameters()], args.tau)
+        losses = {"critic_loss": critic_losses, "actor_loss": actor_losses, "alpha_loss": alpha_losses}
+        return {name: loss.detach().mean() for name, loss in losses.items()}
+
+    def state_dict(self) -> dict:
+        parts = {"actor": self.actor, "critics": self.critics, "target_critics": self.target_critics}
+        state = {name: part.state_dict() for name, part in {**parts, "optimizer": self.optimizer}.items()}
+        return {**state, "log_alpha": self.log_alpha.detach()}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name in ("actor", "critics", "target_critics", "optimizer"):
+            getattr(self, name).load_state_dict(state[name])
+        self.log_alpha.data.copy_(state["log_alpha"])
+        self.set_learning_rates()
+
+
+# ------------------------------------------------------------------------------------------------------ evaluation
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM came in the middle of an evaluation."""
+
+
+class EvaluationAgent:
+    """The policy as metaworld.evaluation takes it: Top-K routes and tanh(mean). It counts the modules it uses."""
+
+    def __init__(self, actor: D2RNetwork, tasks: list[str], stop: threading.Event):
+        self.actor, self.stop = actor, stop
+        self.task = torch.arange(len(tasks), device=next(actor.parameters()).device)
+        self.steps, self.used = 0, torch.zeros(len(tasks))
+
+    @torch.no_grad()
+    def eval_action(self, observations: np.ndarray) -> np.ndarray:
+        """One observation of each task (T, 39) -> actions (T, 4)."""
+        if self.stop.is_set():
+            raise Interrupted
+        obs = torch.as_tensor(observations, dtype=torch.float32, device=self.task.device)
+        output, routes = self.actor(obs, self.task)
+        self.used += used_modules(routes).sum(-1).cpu()
+        self.steps += 1
+        return output.chunk(2, dim=-1)[0].tanh().cpu().numpy()
+
+    def reset(self, env_mask: np.ndarray) -> None:
+        """Nothing to forget at the end of an episode."""
+
+
+def evaluate(
+    actor: D2RNetwork, envs: gym.vector.AsyncVectorEnv, tasks: list[str], episodes: int, stop: threading.Event
+) -> dict[str, float]:
+    """Meta-World's own evaluation: a success ends its episode.
+
+    Returns success (a rate), return and modules_used, of each task (success/reach-v3) and averaged (success).
+    """
+    agent = EvaluationAgent(actor.eval(), tasks, stop)
+    _, _, successes, returns = metaworld_evaluation(agent, envs, episodes)
+    actor.train()
+    results = {}
+    for index, task in enumerate(tasks):
+        results[f"success/{task}"] = successes[task]
+        results[f"return/{task}"] = float(np.mean(returns[task]))
+        results[f"modules_used/{task}"] = agent.used[index].item() / agent.steps
+    for name in ("success", "return", "modules_used"):
+        results[name] = float(np.mean([results[f"{name}/{task}"] for task in tasks]))
+    return results
+
+
+def evaluate_saved(args: Args, tasks: list[str], saved: dict, device: torch.device) -> None:
+    """Evaluate the actor of an actor.pt and print a table of tasks, and the means as the last line."""
+    envs = make_envs(tasks, args)
+    try:
+        actor = D2RNetwork(envs.single_observation_space.shape[0], 2 * envs.single_action_space.shape[0], len(tasks), args)
+        actor.load_state_dict(saved["actor"])
+        results = evaluate(actor.to(device), envs, tasks, args.eval_episodes, threading.Event())
+    finally:
+        close_envs(envs)
+    width = max(map(len, tasks))
+    print(f"{'task':{width}}  success    return  modules used")
+    for task in tasks:
+        success, mean_return, used = (results[f"{name}/{task}"] for name in ("success", "return", "modules_used"))
+        print(f"{task:{width}}  {success:7.2f}  {mean_return:8.1f}  {used:12.1f}")
+    print(f"mean success {results['success']:.2f}, modules used {results['modules_used']:.1f}")
+
+
+# ------------------------------------------------------------------------------------------ checkpoints and the log
+
+
+def save(contents: dict, path: Path) -> None:
+    """torch.save by way of a second file, so that a kill or a full disk leaves the last whole one in place."""
+    partial_path = path.with_name(path.name + ".partial")
+    try:
+        with open(partial_path, "wb") as file:
+            torch.save(contents, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial_path.replace(path)
+    except (OSError, RuntimeError) as error:  # PyTorch turns some of the first into the second
+        partial_path.unlink(missing_ok=True)
+        raise RunError(f"{path} cannot be written ({error}); the one before it, if any, is whole") from error
+
+
+def load(path: Path, option: str) -> tuple[dict, Args]:
+    """The contents of a checkpoint.pt or actor.pt, and the arguments it was made with. Raises UsageError."""
+    if not path.is_file():
+        raise UsageError(f"{option}: there is no file {path}; --resume takes a run directory, --evaluate an actor.pt")
+    needed = {"args", "agent", "replay", "counters"} if option == "--resume" else {"args", "actor"}
+    try:
+        if (record := zipfile.ZipFile(path).testzip()) is not None:
+            raise ValueError(f"{record} has changed")
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if missing := needed - saved.keys():
+            raise ValueError(f"{', '.join(sorted(missing))} missing")
+        return saved, Args(**saved["args"])
+    except Exception as error:
+        message = str(error).split("\n")[0]
+        raise UsageError(f"{option}: {path} is damaged, or not made by this version ({message}); give another") from error
+
+
+class RunLog:
+    """What a run shows: rows in progress.csv and TensorBoard, a progress line and a table on the terminal."""
+
+    def __init__(self, run_dir: Path, tasks: list[str], global_step: int, tensorboard: bool):
+        self.tasks = tasks
+        self.columns = ["global_step", "seconds", "steps_per_second", "updates", "update_ms", "success", "return"]
+        self.columns += ["modules_used", "critic_loss", "actor_loss", "alpha_loss"]
+        self.columns += [f"{name}/{task}" for name in ("success", "return", "modules_used") for task in tasks]
+        self.columns += [f"{name}/{task}" for name in ("alpha", "temperature") for task in tasks]
+        path = run_dir / "progress.csv"
+        rows = []
+        if path.exists():  # keep what lies before the checkpoint: what came after it is done again
+            with open(path, newline="") as file:
+                rows = [row for row in csv.DictReader(file) if None not in row.values()]
+        partial_path = run_dir / "progress.csv.partial"
+        self.file = open(partial_path, "w", newline="")
+        self.csv = csv.DictWriter(self.file, self.columns, restval="")
+        self.csv.writeheader()
+        self.csv.writerows(row for row in rows if int(row["global_step"]) <= global_step)
+        self.file.flush()
+        partial_path.replace(path)
+        self.tensorboard = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.tensorboard = SummaryWriter(run_dir, purge_step=global_step + 1 if global_step else None)
+            except ImportError:
+                self.print("no TensorBoard events: the package tensorboard is not installed")
+        self.is_terminal = sys.stderr.isatty()
+        self.shown_at, self.header_shown = -math.inf, False
+
+    def row(self, values: dict[str, float | None]) -> None:
+        values = {name: value for name, value in values.items() if value is not None}
+        cells = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in values.items()}
+        self.csv.writerow(cells)
+        self.file.flush()
+        if self.tensorboard:
+            for name, value in values.items():
+                self.tensorboard.add_scalar(name, value, values["global_step"])
+
+    def print(self, line: str) -> None:
+        print("\r\033[K" * sys.stderr.isatty(), end="", file=sys.stderr, flush=True)
+        print(line, flush=True)
+
+    def progress(self, line: str) -> None:
+        """Twice a second on a terminal, in place; once a minute in a log file."""
+        if time.monotonic() - self.shown_at >= (0.5 if self.is_terminal else 60):
+            self.shown_at = time.monotonic()
+            print(f"\r\033[K{line}" if self.is_terminal else line, end="" if self.is_terminal else "\n", file=sys.stderr)
+            sys.stderr.flush()
+
+    def evaluation(self, global_step: int, results: dict[str, float]) -> None:
+        """One line of a table whose columns are the tasks: success rate / modules used."""
+        names = ["mean", *(task.removesuffix("-v3") for task in self.tasks)]
+        if not self.header_shown:
+            self.print("evaluation: success rate/modules used\n" + f"{'step':>10}  " + "  ".join(f"{n:>9}" for n in names))
+            self.header_shown = True
+        ends = ["", *(f"/{task}" for task in self.tasks)]
+        cells = [f"{results['success' + end]:.2f}/{results['modules_used' + end]:.1f}" for end in ends]
+        self.print(f"{global_step:>10}  " + "  ".join(f"{c:>{max(len(n), 9)}}" for c, n in zip(cells, names)))
+
+    def close(self) -> None:
+        self.file.close()
+        if self.tensorboard:
+            self.tensorboard.close()
+
+
+def make_run_dir(args: Args, tasks: list[str]) -> Path:
+    """The run's directory, with args.json. Raises UsageError where it cannot be written or holds another run."""
+    name = args.env_id if "," not in args.env_id else f"{tasks[0]}+{len(tasks) - 1}"
+    name = args.run_name or f"{name}-{args.goals}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = Path(args.resume) if args.resume else Path(args.results_dir, name)
+    if not args.resume and (run_dir / "args.json").exists():
+        raise UsageError(f"--run-name: {run_dir} holds a run already; choose another name, or --resume {run_dir}")
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    except OSError:
+        commit = None
+    packages = ("torch", "numpy", "metaworld", "mujoco", "gymnasium", "tyro")
+    versions = {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"args": asdict(args), "tasks": tasks, "versions": versions, "commit": commit}, indent=2)
+        (run_dir / "args.json").write_text(text + "\n")
+    except OSError as error:
+        raise UsageError(f"--results-dir: {run_dir} cannot be written ({error.strerror}); choose another") from error
+    return run_dir
+
+
+# --------------------------------------------------------------------------------------------------- training loop
+
+
+def train(args: Args, tasks: list[str], checkpoint: dict | None, device: torch.device) -> None:
+    """Train until --total-steps, SIGINT or SIGTERM. Raises UsageError or RunError."""
+    T, run_dir = len(tasks), make_run_dir(args, tasks)
+    stop, old_handlers = threading.Event(), {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        old_handlers[number] = signal.signal(number, lambda *_: stop.set())
+    print(
+        f"{args.env_id}: {T} tasks with {args.goals} goals, {args.total_steps:,} steps, replay {args.buffer_size:,}, "
+        f"batch {args.batch_size:,}, learning starts at {args.learning_starts:,}, evaluation every {args.eval_every:,}, "
+        f"on {device}, in {run_dir}",
+        flush=True,
+    )
+    envs = make_envs(tasks, args)
+    try:
+        obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+        agent = Agent(args, tasks, obs_dim, action_dim, device)
+        K = args.top_k or args.num_modules
+        replay = ReplayBuffer(args.buffer_size // T, T, obs_dim, action_dim, args.num_modules, K)
+        global_step, updates, evaluated_at, seconds_before = 0, 0, 0, 0.0
+        if checkpoint is not None:
+            agent.load_state_dict(checkpoint["agent"])
+            replay.load_state_dict(checkpoint["replay"])
+            global_step, updates, evaluated_at, seconds_before = checkpoint["counters"]
+            torch.set_rng_state(checkpoint["rng_state"])
+            if device.type == "cuda" and checkpoint["cuda_rng_state"] is not None:
+                torch.cuda.set_rng_state(checkpoint["cuda_rng_state"])
+        log = RunLog(run_dir, tasks, global_step, args.tensorboard)
+        start = checkpointed_at = row_at = time.monotonic()
+        row_step, row_updates, update_seconds, results, losses = global_step, updates, 0.0, {}, {}
+
+        def save_all() -> None:
+            counters = [global_step, updates, evaluated_at, seconds_before + time.monotonic() - start]
+            cuda_rng_state = torch.cuda.get_rng_state() if device.type == "cuda" else None
+            state = {"args": asdict(args), "agent": agent.state_dict(), "replay": replay.state_dict()}
+            state |= {"counters": counters, "rng_state": torch.get_rng_state(), "cuda_rng_state": cuda_rng_state}
+            save(state, run_dir / "checkpoint.pt")
+            save({"args": asdict(args), "actor": agent.actor.state_dict()}, run_dir / "actor.pt")
+
+        envs.call("seed", args.seed + global_step)  # a resumed run draws new goals
+        obs, _ = envs.reset()
+        while True:
+            evaluation_at = min((evaluated_at // args.eval_every + 1) * args.eval_every, args.total_steps)
+            evaluation_due = evaluated_at < evaluation_at <= global_step
+            if evaluation_due or global_step // args.log_every > row_step // args.log_every:
+                now = time.monotonic()
+                row = {"global_step": global_step, "seconds": seconds_before + now - start, "updates": updates}
+                row["steps_per_second"] = (global_step - row_step) / (now - row_at)
+                row |= {name: loss.item() for name, loss in losses.items()}
+                if updates > row_updates:
+                    row["update_ms"] = 1e3 * update_seconds / (updates - row_updates)
+                row |= {f"alpha/{task}": value for task, value in zip(tasks, agent.log_alpha.exp().tolist())}
+                temperature = route_temperatures(agent.log_alpha, args)
+                if temperature is not None:
+                    row |= {f"temperature/{task}": value for task, value in zip(tasks, temperature.tolist())}
+                if evaluation_due:
+                    try:
+                        results = evaluate(agent.actor, envs, tasks, args.eval_episodes, stop)
+                    except Interrupted:
+                        break
+                    row |= results
+                    evaluated_at = global_step
+                    log.evaluation(global_step, results)
+                    obs, _ = envs.reset()
+                log.row(row)
+                row_step, row_updates, update_seconds, row_at = global_step, updates, 0.0, time.monotonic()
+            if stop.is_set() or global_step >= args.total_steps:
+                break
+            if time.monotonic() - checkpointed_at > 60 * args.checkpoint_minutes:
+                save_all()
+                checkpointed_at = time.monotonic()
+
+            # One vector step: the workers step their environments while the learner updates.
+            action, routes = agent.act(obs)
+            for index in np.flatnonzero(~np.isfinite(action).all(-1)):
+                raise RunError(f"the action of {tasks[index]} is not finite")
+            envs.step_async(action)
+            if global_step >= args.learning_starts:
+                update_start = time.monotonic()
+                losses = agent.update(replay.sample(args.batch_size // T, device))
+                update_seconds += time.monotonic() - update_start
+                updates += 1
+            next_obs, reward, terminated, truncated, infos = envs.step_wait()
+            last_obs = next_obs.copy()
+            for index in np.flatnonzero(terminated | truncated):
+                last_obs[index] = infos["final_obs"][index]  # next_obs is the next episode's first
+            replay.add(Transition(obs, action, reward, last_obs, terminated, routes))
+            obs = next_obs
+            global_step += T
+
+            elapsed = time.monotonic() - row_at
+            rate = (global_step - row_step) / elapsed
+            left = time.strftime("%H:%M:%S", time.gmtime((args.total_steps - global_step) / rate))
+            log.progress(
+                f"step {global_step:,} of {args.total_steps:,}, {rate:.0f} steps/s, "
+                f"{(updates - row_updates) / elapsed:.1f} updates/s, {left} left, "
+                f"success {results.get('success', math.nan):.2f}, modules used {results.get('modules_used', math.nan):.1f}"
+            )
+        save_all()
+        log.print(f"{'stopped' if stop.is_set() else 'finished'} at step {global_step:,}; resume with --resume {run_dir}")
+        log.close()
+    except RunError as error:
+        raise RunError(f"step {global_step:,}: {error}; the last checkpoint in {run_dir} is kept") from error
+    finally:
+        close_envs(envs)
+        for number, handler in old_handlers.items():
+            signal.signal(number, handler)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code: 2 for a mistake in what was asked for, 1 for a run that failed."""
+    try:
+        args, tasks, saved = parse_arguments(argv)
+        torch.manual_seed(args.seed)
+        if args.torch_deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+        has_cuda = torch.cuda.is_available()
+        device = torch.device("cuda" if has_cuda and args.device != "cpu" else "cpu")
+        if args.evaluate:
+            evaluate_saved(args, tasks, saved, device)
+        else:
+            train(args, tasks, saved, device)
+    except (UsageError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
