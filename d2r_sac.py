@@ -40,8 +40,12 @@ import sys
 import threading
 import time
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -183,7 +187,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[Args, list[str], dict | Non
     Returns the arguments with every budget filled in, the tasks, and the contents of the file that --resume or
     --evaluate names. Raises UsageError.
     """
-    args, saved = tyro.cli(Args, args=argv, description=__doc__.split("\n")[0]), None
+    args, saved = tyro.cli(Args, args=argv), None
     if args.resume and args.evaluate:
         raise UsageError("--resume and --evaluate exclude each other; give one of them")
     if args.resume or args.evaluate:
@@ -206,70 +210,67 @@ def parse_arguments(argv: list[str] | None) -> tuple[Args, list[str], dict | Non
     args.eval_every = args.eval_every if args.eval_every is not None else max(args.total_steps // 30, 1)
 
     for name, value in asdict(args).items():
+        numbers = [x for x in (value if isinstance(value, tuple) else [value]) if type(x) in (int, float)]
         flag = "--" + name.replace("_", "-")
-        numbers = value if isinstance(value, tuple) else (value,)
-        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
-            raise UsageError(f"{flag} is {value}; it must be a finite number")
-        if name in ("gamma", "tau"):
-            if not 0 <= value <= 1:
-                raise UsageError(f"{flag} is {value}; it must lie in [0, 1]")
-        elif name not in ("seed", "top_k", "target_entropy") and any(
-            isinstance(number, (int, float)) and not isinstance(number, bool) and number <= 0 for number in numbers
-        ):
+        if not all(map(math.isfinite, numbers)):
+            raise UsageError(f"{flag} is {value}; it must be finite")
+        if name in ("gamma", "tau") and not 0 <= value <= 1:
+            raise UsageError(f"{flag} is {value}; it must lie in [0, 1]")
+        if name not in ("gamma", "tau", "seed", "top_k", "target_entropy") and any(x <= 0 for x in numbers):
             raise UsageError(f"{flag} is {value}; it must be positive")
-    if not (args.encoder_widths and args.router_widths):
-        raise UsageError("--encoder-widths and --router-widths need at least one width each")
-    if args.num_modules > 256:
-        raise UsageError(f"--num-modules is {args.num_modules}; routes are stored in bytes, so at most 256 are possible")
-    if not 0 <= args.top_k <= args.num_modules:
-        raise UsageError(f"--top-k is {args.top_k}; it must lie between 0 and --num-modules, {args.num_modules}")
-    if args.batch_size % T:
-        low, high = args.batch_size // T * T or T, -(-args.batch_size // T) * T
-        raise UsageError(f"--batch-size {args.batch_size} does not divide into {T} tasks; write {low} or {high}")
-    if args.buffer_size < args.batch_size:
-        raise UsageError(f"--buffer-size {args.buffer_size} is less than a batch, {args.batch_size}; make it larger")
-    if args.learning_starts < T:
-        raise UsageError(f"--learning-starts is {args.learning_starts}; each of the {T} tasks needs a step before")
-    if args.episode_length > 500:
-        raise UsageError(f"--episode-length is {args.episode_length}; Meta-World's episodes have at most 500 steps")
-    if args.initial_alpha > 1:
-        raise UsageError(f"--initial-alpha is {args.initial_alpha}; alpha is clamped to at most 1")
-    if not 0 <= args.seed < 2**31:
-        raise UsageError(f"--seed is {args.seed}; it must lie between 0 and 2147483647")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: PyTorch finds no CUDA device here; write --device cpu or auto")
+    M, K, batch = args.num_modules, args.top_k, args.batch_size
+    for wrong, message in (
+        (not args.encoder_widths or not args.router_widths, "--encoder-widths and --router-widths need a width each"),
+        (M > 256, f"--num-modules is {M}; at most 256 are possible, since routes are stored in bytes"),
+        (not 0 <= K <= M, f"--top-k is {K}; it must lie between 0 and --num-modules, which is {M}"),
+        (batch % T, f"--batch-size {batch} does not divide into {T} tasks; write a multiple of {T}"),
+        (args.buffer_size < batch, f"--buffer-size is {args.buffer_size}; it must be at least a batch, {batch}"),
+        (args.learning_starts < T, f"--learning-starts is {args.learning_starts}; write at least {T}, a step per task"),
+        (args.episode_length > 500, f"--episode-length is {args.episode_length}; Meta-World has at most 500 steps"),
+        (args.initial_alpha > 1, f"--initial-alpha is {args.initial_alpha}; alpha is clamped to at most 1"),
+        (not 0 <= args.seed < 2**31, f"--seed is {args.seed}; it must lie in [0, 2^31)"),
+        (
+            args.device == "cuda" and not torch.cuda.is_available(),
+            "--device is cuda, and PyTorch finds none here; write --device cpu",
+        ),
+    ):
+        if wrong:
+            raise UsageError(message)
     return args, tasks, saved
 
 
 # ---------------------------------------------------------------------------------------------------- environments
 
 
-def make_envs(tasks: list[str], args: Args) -> gym.vector.AsyncVectorEnv:
+@contextmanager
+def worker_envs(tasks: list[str], args: Args) -> Iterator[gym.vector.AsyncVectorEnv]:
     """One worker process per task; episodes end by truncation, and reset in the same step.
 
-    Observations are the 39 numbers of the task alone; a task is its index in the vector.
+    Observations are the 39 numbers of the task alone; a task is its index in the vector. Raises RunError where a
+    worker dies.
     """
-    # A worker builds its own task, in parallel with the others. It does not see Ctrl-C or a batch system's SIGTERM
-    # to the whole process group, so that the learner can still write a checkpoint; it ends with the learner.
+    # A worker builds its own task, beside the others. It does not see Ctrl-C, nor a SIGTERM to the whole process
+    # group, so that the learner can still write a checkpoint; it ends with the learner, however that ends.
+    make_env = partial(metaworld.make_mt_envs, seed=args.seed, max_episode_steps=args.episode_length)
     old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
-        make_env = partial(metaworld.make_mt_envs, seed=args.seed, max_episode_steps=args.episode_length)
         envs = gym.vector.AsyncVectorEnv(
             [partial(make_env, task) for task in tasks], autoreset_mode=gym.vector.AutoresetMode.SAME_STEP
         )
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
-    if args.goals == "fixed":
-        envs.set_attr("tasks", [goals[:1] for goals in envs.get_attr("tasks")])
-    return envs
-
-
-def close_envs(envs: gym.vector.AsyncVectorEnv) -> None:
-    """End the worker processes, whatever state they are in: they hold nothing that needs a goodbye."""
-    for process in envs.processes:
-        process.kill()
-        process.join()
-    envs.closed = True
+    try:
+        if args.goals == "fixed":
+            envs.set_attr("tasks", [goals[:1] for goals in envs.get_attr("tasks")])
+        yield envs
+    except (EOFError, ConnectionError) as error:
+        dead = [task for task, process in zip(tasks, envs.processes) if not process.is_alive()]
+        raise RunError(f"the worker process of {', '.join(dead)} died") from error
+    finally:
+        for process in envs.processes:  # they hold nothing that needs a goodbye
+            process.kill()
+            process.join()
+        envs.closed = True
 
 
 # --------------------------------------------------------------------------------------------------- replay buffer
@@ -345,7 +346,7 @@ def init_head(layer: nn.Linear) -> nn.Linear:
 def mlp(*widths: int) -> nn.Sequential:
     """Linear layers with ReLU between them and no activation at the end."""
     layers = []
-    for width_in, width_out in zip(widths, widths[1:]):
+    for width_in, width_out in pairwise(widths):
         layers += [nn.ReLU(), init_hidden(nn.Linear(width_in, width_out))]
     return nn.Sequential(*layers[1:])
 
@@ -358,7 +359,7 @@ class RoutingNetwork(nn.Module):
         self.T, self.M = T, M
         self.obs_encoder = mlp(input_dim, *encoder_widths)
         self.task_encoder = init_hidden(nn.Linear(T, encoder_widths[-1]))
-        # NOTE: the authors give the routing logits no initialisation of their own: the last layer counts as hidden.
+        # NOTE: the router's last layer is initialised as a hidden one; heads are the outputs of actor and critics.
         self.router = mlp(encoder_widths[-1], *router_widths, M * (M + 1) // 2)
 
     def forward(self, inputs: Tensor, task: Tensor) -> tuple[Tensor, Tensor]:
@@ -440,30 +441,31 @@ class BaseModules(nn.Module):
         w = [row.unbind(1) for row in weights.unsqueeze(-1).unbind(1)]  # w[i][j]: (B, 1)
         block = self.resrouting and torch.is_grad_enabled()
         if block:
-            blocked = weights.detach() * ~gradient_kept(table)
-            v = [row.unbind(1) for row in blocked.unsqueeze(-1).unbind(1)]
+            blocked_weights = weights.detach() * ~gradient_kept(table)
+            blocked = [row.unbind(1) for row in blocked_weights.unsqueeze(-1).unbind(1)]
         computed = range(M) if self.training else used_modules(routes).any(0).nonzero().flatten().tolist()
 
-        f = F.relu(self.module[0](F.relu(h)))  # (B, H)
-        o = {0: f}  # module -> output
-        undo = {0: f.detach() - f}  # module -> zeros that send back to f_j, negated, the gradient they receive
-        for i in [*computed[1:], M]:
+        o, undo = {}, {}  # of each module: its output (B, H); zeros with the gradient of minus f
+        for i in [*computed, M]:
             sources = [j for j in computed if j < i]
-            x = weighted_sum([w[i - 1][j] for j in sources], [o[j] for j in sources])
-            own = x  # what the module's own layer sees: equal to x, with the gradient to f_j of blocked edges undone
-            if block:
-                own = weighted_sum([v[i - 1][j] for j in sources], [undo[j] for j in sources], start=x)
+            if i == 0:
+                x, own = 0, F.relu(h)
+            else:
+                x = own = weighted_sum([w[i - 1][j] for j in sources], [o[j] for j in sources])
+                if block:  # own stays equal to x, but through it blocked edges send no gradient to their f_j
+                    own = weighted_sum([blocked[i - 1][j] for j in sources], [undo[j] for j in sources], start=x)
             if i == M:
                 return self.head(own)
-            f = F.relu(self.module[i](own))
+            f = F.relu(self.module[i](own))  # (B, H)
             o[i] = f + x  # the residual shortcut takes x itself: its gradient is never blocked
-            undo[i] = f.detach() - f
+            if block:
+                undo[i] = f.detach() - f
 
 
-def weighted_sum(weights: list[Tensor], terms: list[Tensor], start: Tensor | float = 0.0) -> Tensor:
-    """start + sum_j weights_j * terms_j, as a running sum, which never copies the terms into one tensor."""
+def weighted_sum(weights: list[Tensor], terms: list[Tensor], start: Tensor | None = None) -> Tensor:
+    """start + sum_j weights_j * terms_j, as a running sum: stacking the terms costs more than adding them."""
     for weight, term in zip(weights, terms):
-        start = start + weight * term if isinstance(start, float) else torch.addcmul(start, weight, term)
+        start = weight * term if start is None else torch.addcmul(start, weight, term)
     return start
 
 
@@ -588,10 +590,13 @@ class Agent:
 
     @torch.no_grad()
     def act(self, obs: np.ndarray) -> tuple[np.ndarray, Tensor]:
-        """One observation of each task (T, 39) -> actions (T, 4), routes (T, M, K); both sampled."""
+        """One observation of each task (T, 39) -> actions (T, 4), routes (T, M, K); both sampled. Raises RunError."""
         obs = torch.as_tensor(obs, dtype=torch.float32, device=self.task.device)
         output, routes = self.actor(obs, self.task, temperature=route_temperatures(self.log_alpha, self.args))
-        return sample_action(output)[0].cpu().numpy(), routes.cpu()
+        action = sample_action(output)[0].cpu().numpy()
+        for index in np.flatnonzero(~np.isfinite(action).all(-1)):
+            raise RunError(f"the action of {self.tasks[index]} is not finite")
+        return action, routes.cpu()
 
     def update(self, batch: Transition) -> dict[str, Tensor]:
         """One update of everything, from n samples of each task. Returns the mean of each loss over tasks.
@@ -635,6 +640,12 @@ class Agent:
             torch._foreach_lerp_([*self.target_critics.parameters()], [*self.critics.parameters()], args.tau)
         losses = {"critic_loss": critic_losses, "actor_loss": actor_losses, "alpha_loss": alpha_losses}
         return {name: loss.detach().mean() for name, loss in losses.items()}
+
+    def state(self) -> dict[str, float]:
+        """alpha and temperature of each task, for the log."""
+        temperature = route_temperatures(self.log_alpha, self.args)
+        values = {"alpha": self.log_alpha.exp(), **({} if temperature is None else {"temperature": temperature})}
+        return {f"{name}/{task}": x for name in values for task, x in zip(self.tasks, values[name].tolist())}
 
     def state_dict(self) -> dict:
         parts = {"actor": self.actor, "critics": self.critics, "target_critics": self.target_critics}
@@ -700,13 +711,11 @@ def evaluate(
 
 def evaluate_saved(args: Args, tasks: list[str], saved: dict, device: torch.device) -> None:
     """Evaluate the actor of an actor.pt and print a table of tasks, and the means as the last line."""
-    envs = make_envs(tasks, args)
-    try:
-        actor = D2RNetwork(envs.single_observation_space.shape[0], 2 * envs.single_action_space.shape[0], len(tasks), args)
+    with worker_envs(tasks, args) as envs:
+        obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+        actor = D2RNetwork(obs_dim, 2 * action_dim, len(tasks), args).to(device)
         actor.load_state_dict(saved["actor"])
-        results = evaluate(actor.to(device), envs, tasks, args.eval_episodes, threading.Event())
-    finally:
-        close_envs(envs)
+        results = evaluate(actor, envs, tasks, args.eval_episodes, threading.Event())
     width = max(map(len, tasks))
     print(f"{'task':{width}}  success    return  modules used")
     for task in tasks:
@@ -715,11 +724,21 @@ def evaluate_saved(args: Args, tasks: list[str], saved: dict, device: torch.devi
     print(f"mean success {results['success']:.2f}, modules used {results['modules_used']:.1f}")
 
 
-# ------------------------------------------------------------------------------------------ checkpoints and the log
+# ---------------------------------------------------------------------------------------- checkpoints and the log
+
+
+@dataclass
+class Progress:
+    """How far a run is; part of its checkpoint."""
+
+    global_step: int = 0  # environment steps, summed over tasks
+    updates: int = 0
+    evaluated_at: int = 0  # global_step of the last evaluation
+    seconds: float = 0.0  # over all resumptions
 
 
 def save(contents: dict, path: Path) -> None:
-    """torch.save by way of a second file, so that a kill or a full disk leaves the last whole one in place."""
+    """torch.save by way of a second file, so that a kill or a full disk leaves the last whole one. Raises RunError."""
     partial_path = path.with_name(path.name + ".partial")
     try:
         with open(partial_path, "wb") as file:
@@ -729,112 +748,150 @@ def save(contents: dict, path: Path) -> None:
         partial_path.replace(path)
     except (OSError, RuntimeError) as error:  # PyTorch turns some of the first into the second
         partial_path.unlink(missing_ok=True)
-        raise RunError(f"{path} cannot be written ({error}); the one before it, if any, is whole") from error
+        raise RunError(f"{path} cannot be written: {error}") from error
+
+
+def save_run(run_dir: Path, args: Args, agent: Agent, replay: ReplayBuffer, progress: Progress) -> None:
+    """Write checkpoint.pt, with everything to go on, and actor.pt, with what it takes to evaluate the policy."""
+    checkpoint = {
+        "args": asdict(args),
+        "agent": agent.state_dict(),
+        "replay": replay.state_dict(),
+        "progress": asdict(progress),
+        "rng_state": torch.get_rng_state(),
+        "cuda_rng_state": torch.cuda.get_rng_state() if agent.task.is_cuda else None,
+    }
+    save(checkpoint, run_dir / "checkpoint.pt")
+    save({"args": asdict(args), "actor": agent.actor.state_dict()}, run_dir / "actor.pt")
 
 
 def load(path: Path, option: str) -> tuple[dict, Args]:
-    """The contents of a checkpoint.pt or actor.pt, and the arguments it was made with. Raises UsageError."""
+    """The contents of the checkpoint.pt or actor.pt that an option names, and its arguments. Raises UsageError."""
     if not path.is_file():
-        raise UsageError(f"{option}: there is no file {path}; --resume takes a run directory, --evaluate an actor.pt")
-    needed = {"args", "agent", "replay", "counters"} if option == "--resume" else {"args", "actor"}
+        raise UsageError(f"{option}: there is no file {path}; --resume takes a run's directory, --evaluate an actor.pt")
+    needed = {"--resume": {"args", "agent", "replay", "progress"}, "--evaluate": {"args", "actor"}}[option]
     try:
-        if (record := zipfile.ZipFile(path).testzip()) is not None:
-            raise ValueError(f"{record} has changed")
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if missing := needed - saved.keys():
-            raise ValueError(f"{', '.join(sorted(missing))} missing")
-        return saved, Args(**saved["args"])
-    except Exception as error:
-        message = str(error).split("\n")[0]
-        raise UsageError(f"{option}: {path} is damaged, or not made by this version ({message}); give another") from error
+        if (changed := zipfile.ZipFile(path).testzip()) is not None:
+            raise ValueError(f"{changed} is not as it was written")
+        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if missing := needed - contents.keys():
+            raise ValueError(f"it holds no {' and no '.join(sorted(missing))}")
+        return contents, Args(**contents["args"])
+    except Exception as error:  # a damaged file fails in many ways
+        reason = str(error).split("\n")[0]
+        raise UsageError(f"{option}: {path} is damaged or of another version ({reason}); give another") from error
 
 
 class RunLog:
-    """What a run shows: rows in progress.csv and TensorBoard, a progress line and a table on the terminal."""
+    """What a run shows: rows in progress.csv and TensorBoard; on the terminal a progress line and a table."""
 
-    def __init__(self, run_dir: Path, tasks: list[str], global_step: int, tensorboard: bool):
-        self.tasks = tasks
-        self.columns = ["global_step", "seconds", "steps_per_second", "updates", "update_ms", "success", "return"]
-        self.columns += ["modules_used", "critic_loss", "actor_loss", "alpha_loss"]
-        self.columns += [f"{name}/{task}" for name in ("success", "return", "modules_used") for task in tasks]
-        self.columns += [f"{name}/{task}" for name in ("alpha", "temperature") for task in tasks]
-        path = run_dir / "progress.csv"
-        rows = []
-        if path.exists():  # keep what lies before the checkpoint: what came after it is done again
-            with open(path, newline="") as file:
+    def __init__(self, run_dir: Path, tasks: list[str], progress: Progress, tensorboard: bool):
+        self.tasks, self.results, self.header_shown = tasks, {}, False
+        self.on_terminal, self.shown_at = sys.stderr.isatty(), -math.inf
+        self.start_window(progress)
+
+        names = ("success", "return", "modules_used", "alpha", "temperature")
+        self.columns = ["global_step", "seconds", "steps_per_second", "updates", "update_ms", *names[:3]]
+        self.columns += ["critic_loss", "actor_loss", "alpha_loss"]
+        self.columns += [f"{name}/{task}" for name in names for task in tasks]
+        self.path, rows = run_dir / "progress.csv", []
+        if self.path.exists():  # a killed run may have left half a row, and rows from after its checkpoint: drop them
+            with open(self.path, newline="") as file:
                 rows = [row for row in csv.DictReader(file) if None not in row.values()]
         partial_path = run_dir / "progress.csv.partial"
-        self.file = open(partial_path, "w", newline="")
-        self.csv = csv.DictWriter(self.file, self.columns, restval="")
-        self.csv.writeheader()
-        self.csv.writerows(row for row in rows if int(row["global_step"]) <= global_step)
-        self.file.flush()
-        partial_path.replace(path)
+        with open(partial_path, "w", newline="") as file:
+            writer = csv.DictWriter(file, self.columns)
+            writer.writeheader()
+            writer.writerows(row for row in rows if int(row["global_step"]) <= progress.global_step)
+        partial_path.replace(self.path)
+
         self.tensorboard = None
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
 
-                self.tensorboard = SummaryWriter(run_dir, purge_step=global_step + 1 if global_step else None)
+                self.tensorboard = SummaryWriter(run_dir, purge_step=progress.global_step + 1)
             except ImportError:
-                self.print("no TensorBoard events: the package tensorboard is not installed")
-        self.is_terminal = sys.stderr.isatty()
-        self.shown_at, self.header_shown = -math.inf, False
+                print("no TensorBoard events: the package tensorboard is not installed", flush=True)
 
-    def row(self, values: dict[str, float | None]) -> None:
-        values = {name: value for name, value in values.items() if value is not None}
-        cells = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in values.items()}
-        self.csv.writerow(cells)
-        self.file.flush()
+    def start_window(self, progress: Progress) -> None:
+        """Speeds are measured from here."""
+        self.window, self.update_seconds = replace(progress), 0.0
+
+    def speeds(self, progress: Progress) -> dict[str, float]:
+        steps, updates = progress.global_step - self.window.global_step, progress.updates - self.window.updates
+        seconds = progress.seconds - self.window.seconds
+        speeds = {"global_step": progress.global_step, "seconds": progress.seconds, "updates": progress.updates}
+        speeds |= {"steps_per_second": steps / seconds} if steps else {}
+        return speeds | ({"update_ms": 1e3 * self.update_seconds / updates} if updates else {})
+
+    def row(self, values: dict[str, float]) -> None:
+        cells = {name: f"{x:.6g}" if isinstance(x, float) else x for name, x in values.items()}
+        with open(self.path, "a", newline="") as file:
+            csv.DictWriter(file, self.columns, restval="").writerow(cells)
         if self.tensorboard:
             for name, value in values.items():
                 self.tensorboard.add_scalar(name, value, values["global_step"])
 
+    def evaluation(self, global_step: int, results: dict[str, float]) -> None:
+        """One line of a table whose columns are the tasks: success rate/modules used."""
+        self.results = results
+        titles = ["mean", *(task.removesuffix("-v3") for task in self.tasks)]
+        cells = [
+            f"{results['success' + end]:.2f}/{results['modules_used' + end]:.1f}"
+            for end in ("", *(f"/{task}" for task in self.tasks))
+        ]
+        if not self.header_shown:
+            self.print("evaluation: success rate/modules used")
+            self.print(f"{'step':>12}  " + "  ".join(f"{title:>9}" for title in titles))
+            self.header_shown = True
+        self.print(f"{global_step:>12,}  " + "  ".join(f"{c:>{max(9, len(t))}}" for c, t in zip(cells, titles)))
+
     def print(self, line: str) -> None:
-        print("\r\033[K" * sys.stderr.isatty(), end="", file=sys.stderr, flush=True)
+        if self.on_terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)  # clear the progress line
         print(line, flush=True)
 
-    def progress(self, line: str) -> None:
+    def progress_line(self, progress: Progress, total_steps: int) -> None:
         """Twice a second on a terminal, in place; once a minute in a log file."""
-        if time.monotonic() - self.shown_at >= (0.5 if self.is_terminal else 60):
-            self.shown_at = time.monotonic()
-            print(f"\r\033[K{line}" if self.is_terminal else line, end="" if self.is_terminal else "\n", file=sys.stderr)
-            sys.stderr.flush()
-
-    def evaluation(self, global_step: int, results: dict[str, float]) -> None:
-        """One line of a table whose columns are the tasks: success rate / modules used."""
-        names = ["mean", *(task.removesuffix("-v3") for task in self.tasks)]
-        if not self.header_shown:
-            self.print("evaluation: success rate/modules used\n" + f"{'step':>10}  " + "  ".join(f"{n:>9}" for n in names))
-            self.header_shown = True
-        ends = ["", *(f"/{task}" for task in self.tasks)]
-        cells = [f"{results['success' + end]:.2f}/{results['modules_used' + end]:.1f}" for end in ends]
-        self.print(f"{global_step:>10}  " + "  ".join(f"{c:>{max(len(n), 9)}}" for c, n in zip(cells, names)))
+        if time.monotonic() - self.shown_at < (0.5 if self.on_terminal else 60):
+            return
+        self.shown_at = time.monotonic()
+        seconds = progress.seconds - self.window.seconds
+        rate = (progress.global_step - self.window.global_step) / seconds
+        left = timedelta(seconds=int((total_steps - progress.global_step) / rate))
+        line = (
+            f"step {progress.global_step:,} of {total_steps:,}, {rate:,.0f} steps/s, "
+            f"{(progress.updates - self.window.updates) / seconds:.1f} updates/s, {left} left"
+        )
+        if self.results:
+            line += f", success {self.results['success']:.2f}, modules used {self.results['modules_used']:.1f}"
+        start, end = ("\r\033[K", "") if self.on_terminal else ("", "\n")
+        print(start + line, end=end, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        self.file.close()
         if self.tensorboard:
             self.tensorboard.close()
 
 
 def make_run_dir(args: Args, tasks: list[str]) -> Path:
     """The run's directory, with args.json. Raises UsageError where it cannot be written or holds another run."""
-    name = args.env_id if "," not in args.env_id else f"{tasks[0]}+{len(tasks) - 1}"
-    name = args.run_name or f"{name}-{args.goals}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    run_dir = Path(args.resume) if args.resume else Path(args.results_dir, name)
+    benchmark = args.env_id if len(tasks) == 1 or args.env_id in BENCHMARKS else f"{tasks[0]}+{len(tasks) - 1}"
+    default_name = f"{benchmark}-{args.goals}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = Path(args.resume) if args.resume else Path(args.results_dir, args.run_name or default_name)
     if not args.resume and (run_dir / "args.json").exists():
         raise UsageError(f"--run-name: {run_dir} holds a run already; choose another name, or --resume {run_dir}")
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-    except OSError:
-        commit = None
     packages = ("torch", "numpy", "metaworld", "mujoco", "gymnasium", "tyro")
     versions = {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
     try:
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
+    except OSError:  # no git here
+        commit = None
+    try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"args": asdict(args), "tasks": tasks, "versions": versions, "commit": commit}, indent=2)
-        (run_dir / "args.json").write_text(text + "\n")
+        facts = {"args": asdict(args), "tasks": tasks, "versions": versions, "commit": commit}
+        (run_dir / "args.json").write_text(json.dumps(facts, indent=2) + "\n")
     except OSError as error:
         raise UsageError(f"--results-dir: {run_dir} cannot be written ({error.strerror}); choose another") from error
     return run_dir
@@ -843,124 +900,104 @@ def make_run_dir(args: Args, tasks: list[str]) -> Path:
 # --------------------------------------------------------------------------------------------------- training loop
 
 
-def train(args: Args, tasks: list[str], checkpoint: dict | None, device: torch.device) -> None:
-    """Train until --total-steps, SIGINT or SIGTERM. Raises UsageError or RunError."""
-    T, run_dir = len(tasks), make_run_dir(args, tasks)
-    stop, old_handlers = threading.Event(), {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        old_handlers[number] = signal.signal(number, lambda *_: stop.set())
-    print(
-        f"{args.env_id}: {T} tasks with {args.goals} goals, {args.total_steps:,} steps, replay {args.buffer_size:,}, "
-        f"batch {args.batch_size:,}, learning starts at {args.learning_starts:,}, evaluation every {args.eval_every:,}, "
-        f"on {device}, in {run_dir}",
-        flush=True,
-    )
-    envs = make_envs(tasks, args)
+@contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """An event that SIGINT and SIGTERM set, in place of what they do otherwise."""
+    stop = threading.Event()
+    old = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
-        agent = Agent(args, tasks, obs_dim, action_dim, device)
-        K = args.top_k or args.num_modules
-        replay = ReplayBuffer(args.buffer_size // T, T, obs_dim, action_dim, args.num_modules, K)
-        global_step, updates, evaluated_at, seconds_before = 0, 0, 0, 0.0
-        if checkpoint is not None:
-            agent.load_state_dict(checkpoint["agent"])
-            replay.load_state_dict(checkpoint["replay"])
-            global_step, updates, evaluated_at, seconds_before = checkpoint["counters"]
-            torch.set_rng_state(checkpoint["rng_state"])
-            if device.type == "cuda" and checkpoint["cuda_rng_state"] is not None:
-                torch.cuda.set_rng_state(checkpoint["cuda_rng_state"])
-        log = RunLog(run_dir, tasks, global_step, args.tensorboard)
-        start = checkpointed_at = row_at = time.monotonic()
-        row_step, row_updates, update_seconds, results, losses = global_step, updates, 0.0, {}, {}
-
-        def save_all() -> None:
-            counters = [global_step, updates, evaluated_at, seconds_before + time.monotonic() - start]
-            cuda_rng_state = torch.cuda.get_rng_state() if device.type == "cuda" else None
-            state = {"args": asdict(args), "agent": agent.state_dict(), "replay": replay.state_dict()}
-            state |= {"counters": counters, "rng_state": torch.get_rng_state(), "cuda_rng_state": cuda_rng_state}
-            save(state, run_dir / "checkpoint.pt")
-            save({"args": asdict(args), "actor": agent.actor.state_dict()}, run_dir / "actor.pt")
-
-        envs.call("seed", args.seed + global_step)  # a resumed run draws new goals
-        obs, _ = envs.reset()
-        while True:
-            evaluation_at = min((evaluated_at // args.eval_every + 1) * args.eval_every, args.total_steps)
-            evaluation_due = evaluated_at < evaluation_at <= global_step
-            if evaluation_due or global_step // args.log_every > row_step // args.log_every:
-                now = time.monotonic()
-                row = {"global_step": global_step, "seconds": seconds_before + now - start, "updates": updates}
-                row["steps_per_second"] = (global_step - row_step) / (now - row_at)
-                row |= {name: loss.item() for name, loss in losses.items()}
-                if updates > row_updates:
-                    row["update_ms"] = 1e3 * update_seconds / (updates - row_updates)
-                row |= {f"alpha/{task}": value for task, value in zip(tasks, agent.log_alpha.exp().tolist())}
-                temperature = route_temperatures(agent.log_alpha, args)
-                if temperature is not None:
-                    row |= {f"temperature/{task}": value for task, value in zip(tasks, temperature.tolist())}
-                if evaluation_due:
-                    try:
-                        results = evaluate(agent.actor, envs, tasks, args.eval_episodes, stop)
-                    except Interrupted:
-                        break
-                    row |= results
-                    evaluated_at = global_step
-                    log.evaluation(global_step, results)
-                    obs, _ = envs.reset()
-                log.row(row)
-                row_step, row_updates, update_seconds, row_at = global_step, updates, 0.0, time.monotonic()
-            if stop.is_set() or global_step >= args.total_steps:
-                break
-            if time.monotonic() - checkpointed_at > 60 * args.checkpoint_minutes:
-                save_all()
-                checkpointed_at = time.monotonic()
-
-            # One vector step: the workers step their environments while the learner updates.
-            action, routes = agent.act(obs)
-            for index in np.flatnonzero(~np.isfinite(action).all(-1)):
-                raise RunError(f"the action of {tasks[index]} is not finite")
-            envs.step_async(action)
-            if global_step >= args.learning_starts:
-                update_start = time.monotonic()
-                losses = agent.update(replay.sample(args.batch_size // T, device))
-                update_seconds += time.monotonic() - update_start
-                updates += 1
-            next_obs, reward, terminated, truncated, infos = envs.step_wait()
-            last_obs = next_obs.copy()
-            for index in np.flatnonzero(terminated | truncated):
-                last_obs[index] = infos["final_obs"][index]  # next_obs is the next episode's first
-            replay.add(Transition(obs, action, reward, last_obs, terminated, routes))
-            obs = next_obs
-            global_step += T
-
-            elapsed = time.monotonic() - row_at
-            rate = (global_step - row_step) / elapsed
-            left = time.strftime("%H:%M:%S", time.gmtime((args.total_steps - global_step) / rate))
-            log.progress(
-                f"step {global_step:,} of {args.total_steps:,}, {rate:.0f} steps/s, "
-                f"{(updates - row_updates) / elapsed:.1f} updates/s, {left} left, "
-                f"success {results.get('success', math.nan):.2f}, modules used {results.get('modules_used', math.nan):.1f}"
-            )
-        save_all()
-        log.print(f"{'stopped' if stop.is_set() else 'finished'} at step {global_step:,}; resume with --resume {run_dir}")
-        log.close()
-    except RunError as error:
-        raise RunError(f"step {global_step:,}: {error}; the last checkpoint in {run_dir} is kept") from error
+        yield stop
     finally:
-        close_envs(envs)
-        for number, handler in old_handlers.items():
+        for number, handler in old.items():
             signal.signal(number, handler)
 
 
+def train(args: Args, tasks: list[str], checkpoint: dict | None, device: torch.device) -> None:
+    """Train until --total-steps, SIGINT or SIGTERM. Raises UsageError or RunError."""
+    T, run_dir = len(tasks), make_run_dir(args, tasks)
+    progress = Progress(**checkpoint["progress"]) if checkpoint else Progress()
+    print(
+        f"{args.env_id}: {T} tasks with {args.goals} goals, {args.total_steps:,} steps, replay {args.buffer_size:,}, "
+        f"batch {args.batch_size:,}, learning starts at {args.learning_starts:,}, evaluation every "
+        f"{args.eval_every:,}, on {device}, in {run_dir}",
+        flush=True,
+    )
+    try:
+        with stop_signals() as stop, worker_envs(tasks, args) as envs:
+            obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+            agent = Agent(args, tasks, obs_dim, action_dim, device)
+            K = args.top_k or args.num_modules
+            replay = ReplayBuffer(args.buffer_size // T, T, obs_dim, action_dim, args.num_modules, K)
+            if checkpoint:
+                agent.load_state_dict(checkpoint["agent"])
+                replay.load_state_dict(checkpoint["replay"])
+                torch.set_rng_state(checkpoint["rng_state"])
+                if device.type == "cuda" and checkpoint["cuda_rng_state"] is not None:
+                    torch.cuda.set_rng_state(checkpoint["cuda_rng_state"])
+            log, losses = RunLog(run_dir, tasks, progress, args.tensorboard), {}
+            envs.call("seed", args.seed + progress.global_step)  # a resumed run goes on with new goals
+            obs, _ = envs.reset()
+            checkpointed_at = clock = time.monotonic()
+
+            while True:
+                evaluation_at = min((progress.evaluated_at // args.eval_every + 1) * args.eval_every, args.total_steps)
+                evaluation_due = progress.evaluated_at < evaluation_at <= progress.global_step
+                row_due = progress.global_step // args.log_every > log.window.global_step // args.log_every
+                if evaluation_due or row_due:
+                    row = log.speeds(progress) | {name: loss.item() for name, loss in losses.items()} | agent.state()
+                    if evaluation_due:
+                        try:
+                            row |= (results := evaluate(agent.actor, envs, tasks, args.eval_episodes, stop))
+                        except Interrupted:
+                            break
+                        log.evaluation(progress.global_step, results)
+                        progress.evaluated_at = progress.global_step
+                        obs, _ = envs.reset()
+                    log.row(row)
+                    log.start_window(progress)
+                if stop.is_set() or progress.global_step >= args.total_steps:
+                    break
+                if time.monotonic() - checkpointed_at > 60 * args.checkpoint_minutes:
+                    save_run(run_dir, args, agent, replay, progress)
+                    checkpointed_at = time.monotonic()
+
+                # One step of every task: the workers step their environments while the learner updates.
+                action, routes = agent.act(obs)
+                envs.step_async(action)
+                if progress.global_step >= args.learning_starts:
+                    update_start = time.monotonic()
+                    losses = agent.update(replay.sample(args.batch_size // T, device))
+                    log.update_seconds += time.monotonic() - update_start
+                    progress.updates += 1
+                next_obs, reward, terminated, truncated, infos = envs.step_wait()
+                last_obs = next_obs.copy()
+                for index in np.flatnonzero(terminated | truncated):  # there next_obs is the next episode's first
+                    last_obs[index] = infos["final_obs"][index]
+                replay.add(Transition(obs, action, reward, last_obs, terminated, routes))
+                obs = next_obs
+                progress.global_step += T
+                progress.seconds, clock = progress.seconds + time.monotonic() - clock, time.monotonic()
+                log.progress_line(progress, args.total_steps)
+
+            save_run(run_dir, args, agent, replay, progress)
+            log.print(
+                f"{'stopped' if stop.is_set() else 'finished'} at step {progress.global_step:,}; "
+                f"go on with --resume {run_dir}"
+            )
+            log.close()
+    except (RunError, OSError) as error:
+        raise RunError(f"step {progress.global_step:,}: {error}; {run_dir} keeps its last checkpoint") from error
+
+
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code: 2 for a mistake in what was asked for, 1 for a run that failed."""
+    """The command line. Returns the exit code: 2 for a mistake in what was asked for, 1 for a run that failed."""
     try:
         args, tasks, saved = parse_arguments(argv)
         torch.manual_seed(args.seed)
         if args.torch_deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
-        has_cuda = torch.cuda.is_available()
-        device = torch.device("cuda" if has_cuda and args.device != "cpu" else "cpu")
+        device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
         if args.evaluate:
             evaluate_saved(args, tasks, saved, device)
         else:
