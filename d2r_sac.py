@@ -46,6 +46,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
 from itertools import pairwise
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -264,7 +265,8 @@ def worker_envs(tasks: list[str], args: Args) -> Iterator[gym.vector.AsyncVector
             envs.set_attr("tasks", [goals[:1] for goals in envs.get_attr("tasks")])
         yield envs
     except (EOFError, ConnectionError) as error:
-        dead = [task for task, process in zip(tasks, envs.processes) if not process.is_alive()]
+        ended = wait([process.sentinel for process in envs.processes], timeout=10)
+        dead = [task for task, process in zip(tasks, envs.processes) if process.sentinel in ended]
         raise RunError(f"the worker process of {', '.join(dead)} died") from error
     finally:
         for process in envs.processes:  # they hold nothing that needs a goodbye
