@@ -32,6 +32,7 @@ import difflib
 import importlib.metadata
 import json
 import math
+import multiprocessing.connection
 import os
 import platform
 import signal
@@ -46,9 +47,11 @@ from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
 from itertools import pairwise
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Literal, NamedTuple
+
+# The workers share the cores with the learner, whose idle threads should therefore sleep, not spin.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import gymnasium as gym
 import metaworld
@@ -129,7 +132,7 @@ class Args:
     eval_every: int | None = None
     """environment steps between evaluations (a thirtieth of the run)"""
     eval_episodes: int = 50
-    """episodes of each task in an evaluation"""
+    """episodes of each task in an evaluation (the paper: 32)"""
     evaluate: str | None = None
     """path of an actor.pt: evaluate this policy on the tasks it was trained for, and train nothing"""
 
@@ -199,7 +202,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[Args, list[str], dict | Non
         for name in same_args:
             if getattr(args, name) != getattr(saved_args, name):
                 flag, value = "--" + name.replace("_", "-"), getattr(saved_args, name)
-                raise UsageError(f"{option}: {path} was made with {flag} {value}; leave {flag} out or give that value")
+                value = " ".join(map(str, value)) if isinstance(value, tuple) else value
+                raise UsageError(f"{option}: {path} was made with {flag} {value}; write that, or leave {flag} out")
 
     tasks = task_names(args.env_id)
     T = len(tasks)
@@ -265,7 +269,7 @@ def worker_envs(tasks: list[str], args: Args) -> Iterator[gym.vector.AsyncVector
             envs.set_attr("tasks", [goals[:1] for goals in envs.get_attr("tasks")])
         yield envs
     except (EOFError, ConnectionError) as error:
-        ended = wait([process.sentinel for process in envs.processes], timeout=10)
+        ended = multiprocessing.connection.wait([process.sentinel for process in envs.processes], timeout=10)
         dead = [task for task, process in zip(tasks, envs.processes) if process.sentinel in ended]
         raise RunError(f"the worker process of {', '.join(dead)} died") from error
     finally:
@@ -279,7 +283,7 @@ def worker_envs(tasks: list[str], args: Args) -> Iterator[gym.vector.AsyncVector
 
 
 class Transition(NamedTuple):
-    """One step of every task, (T, ...), or a batch of such steps, task by task, (T * n, ...)."""
+    """One step of every task, (T, ...), or a batch of steps, task by task, (T * n, ...)."""
 
     obs: Tensor  # (., 39) float32
     action: Tensor  # (., 4) float32, in [-1, 1]
@@ -424,7 +428,12 @@ def gradient_kept(table: Tensor) -> Tensor:
 
 
 class BaseModules(nn.Module):
-    """M modules, each fed by the sources that its row of the routing table chose, and a head fed by the last row."""
+    """M modules, each fed by the sources that its row of the routing table chose, and a head fed by the last row.
+
+    ResRouting: a gradient that enters edge (i, j) through module i+1's own layer, or through the head, reaches all of
+    o_j = f_j + x_j where gradient_kept says so, and x_j alone elsewhere. To that end the layer's input adds, for each
+    blocked edge, w_ij (stop_gradient(f_j) - f_j): zeros, whose gradient takes back what f_j would get.
+    """
 
     def __init__(self, embedding_dim, output_dim, M, module_width, resrouting):
         super().__init__()
@@ -447,19 +456,19 @@ class BaseModules(nn.Module):
             blocked = [row.unbind(1) for row in blocked_weights.unsqueeze(-1).unbind(1)]
         computed = range(M) if self.training else used_modules(routes).any(0).nonzero().flatten().tolist()
 
-        o, undo = {}, {}  # of each module: its output (B, H); zeros with the gradient of minus f
+        o, undo = {}, {}  # of each module: o_j and stop_gradient(f_j) - f_j, both (B, H)
         for i in [*computed, M]:
             sources = [j for j in computed if j < i]
             if i == 0:
-                x, own = 0, F.relu(h)
+                x, own = 0, F.relu(h)  # module 0 has no residual shortcut
             else:
                 x = own = weighted_sum([w[i - 1][j] for j in sources], [o[j] for j in sources])
-                if block:  # own stays equal to x, but through it blocked edges send no gradient to their f_j
+                if block:
                     own = weighted_sum([blocked[i - 1][j] for j in sources], [undo[j] for j in sources], start=x)
             if i == M:
                 return self.head(own)
-            f = F.relu(self.module[i](own))  # (B, H)
-            o[i] = f + x  # the residual shortcut takes x itself: its gradient is never blocked
+            f = F.relu(self.module[i](own))
+            o[i] = f + x  # the shortcut takes x itself: its gradient is never blocked
             if block:
                 undo[i] = f.detach() - f
 
@@ -939,7 +948,8 @@ def train(args: Args, tasks: list[str], checkpoint: dict | None, device: torch.d
             log, losses = RunLog(run_dir, tasks, progress, args.tensorboard), {}
             envs.call("seed", args.seed + progress.global_step)  # a resumed run goes on with new goals
             obs, _ = envs.reset()
-            checkpointed_at = clock = time.monotonic()
+            checkpointed_at = time.monotonic()
+            began = checkpointed_at - progress.seconds
 
             while True:
                 evaluation_at = min((progress.evaluated_at // args.eval_every + 1) * args.eval_every, args.total_steps)
@@ -954,6 +964,7 @@ def train(args: Args, tasks: list[str], checkpoint: dict | None, device: torch.d
                             break
                         log.evaluation(progress.global_step, results)
                         progress.evaluated_at = progress.global_step
+                        progress.seconds = time.monotonic() - began
                         obs, _ = envs.reset()
                     log.row(row)
                     log.start_window(progress)
@@ -978,7 +989,7 @@ def train(args: Args, tasks: list[str], checkpoint: dict | None, device: torch.d
                 replay.add(Transition(obs, action, reward, last_obs, terminated, routes))
                 obs = next_obs
                 progress.global_step += T
-                progress.seconds, clock = progress.seconds + time.monotonic() - clock, time.monotonic()
+                progress.seconds = time.monotonic() - began
                 log.progress_line(progress, args.total_steps)
 
             save_run(run_dir, args, agent, replay, progress)

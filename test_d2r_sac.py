@@ -581,7 +581,7 @@ def test_run_resume_and_evaluate(tmp_path, capsys):
     for option, message in (
         (["--top-k", "1"], "was made with --top-k 2"),
         (["--env-id", "reach-v3"], "was made with --env-id reach-v3,drawer-close-v3"),
-        (["--encoder-widths", "8"], "was made with --encoder-widths (32, 32)"),
+        (["--encoder-widths", "8"], "was made with --encoder-widths 32 32"),
     ):
         for how in (resume, ["--evaluate", str(run_dir / "actor.pt")]):
             assert d2r.main([*how, *option]) == 2
@@ -641,6 +641,24 @@ def test_ablations_change_what_they_name():
     close(d2r.routing_weights(table, routes), table.softmax(-1).detach(), 1e-6)
 
 
+@pytest.mark.parametrize(
+    ("env_id", "tasks", "total_steps", "buffer_size", "batch_size", "learning_starts"),
+    [
+        ("MT10", 10, 15_000_000, 1_000_000, 1280, 40_000),
+        ("MT25", 25, 37_500_000, 2_500_000, 3200, 100_000),
+        ("MT50", 50, 50_000_000, 10_000_000, 6400, 200_000),
+        ("push-v3", 1, 1_500_000, 100_000, 128, 4_000),
+    ],
+)
+def test_budgets_come_from_the_benchmark(env_id, tasks, total_steps, buffer_size, batch_size, learning_starts):
+    args, names, _ = d2r.parse_arguments(["--env-id", env_id])
+    assert len(set(names)) == tasks and names == (names if tasks > 1 else [env_id])
+    assert (args.total_steps, args.buffer_size, args.batch_size) == (total_steps, buffer_size, batch_size)
+    assert (args.learning_starts, args.eval_every) == (learning_starts, total_steps // 30)
+    args, _, _ = d2r.parse_arguments(["--env-id", env_id, "--total-steps", "600", "--batch-size", str(2 * tasks)])
+    assert (args.total_steps, args.eval_every, args.batch_size) == (600, 20, 2 * tasks)
+
+
 # --------------------------------------------------------------------------------------------- signals and failures
 
 
@@ -685,6 +703,26 @@ def state_of(pid):
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
     except OSError:
         return "Z"
+
+
+def test_a_signal_during_an_evaluation(tmp_path, monkeypatch):
+    """It ends the evaluation at once; the resumed run begins with that evaluation."""
+    old_eval_action, calls = d2r.EvaluationAgent.eval_action, itertools.count(1)
+
+    def eval_action(agent, observations):
+        if next(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return old_eval_action(agent, observations)
+
+    monkeypatch.setattr(d2r.EvaluationAgent, "eval_action", eval_action)
+    options = f"{TWO_TASKS} --total-steps 120 --eval-every 60 --log-every 20 --episode-length 20 --no-tensorboard"
+    assert run(tmp_path, options) == 0
+    assert [int(row["global_step"]) for row in progress(tmp_path / "run")] == [20, 40]
+    assert next(calls) == 4
+    assert d2r.main(["--resume", str(tmp_path / "run")]) == 0
+    rows = progress(tmp_path / "run")
+    assert [int(row["global_step"]) for row in rows] == [20, 40, 60, 80, 100, 120]
+    assert [bool(row["success"]) for row in rows] == [False, False, True, False, False, True]
 
 
 def test_a_dead_worker_ends_the_run(tmp_path):
