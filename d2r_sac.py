@@ -630,6 +630,7 @@ class Agent:
         critic_losses = weight * critic_loss(q.view(2, T, n), target)
 
         # Actor: the replayed routes, weighted by today's logits. The critics judge with Top-K and learn nothing.
+        # NOTE: ResRouting also holds inside these critics, for the gradient to the action, as in the authors' code.
         action, log_prob = sample_action(self.actor(batch.obs, task, routes=batch.routes)[0])
         self.critics.requires_grad_(False)
         q = self.critics(batch.obs, action, task)
