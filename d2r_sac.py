@@ -158,8 +158,9 @@ class Args:
 
 
 BENCHMARKS = ("MT10", "MT25", "MT50")
-TASK_ARGS = ("env_id", "num_modules", "top_k", "module_width", "encoder_widths", "router_widths")
-RUN_ARGS = (*TASK_ARGS, "goals", "episode_length", "seed", "buffer_size")
+# What a saved policy, and a run, were made with and cannot change.
+POLICY_ARGS = ("env_id", "num_modules", "top_k", "module_width", "encoder_widths", "router_widths")
+RUN_ARGS = (*POLICY_ARGS, "goals", "episode_length", "seed", "buffer_size")
 
 
 class UsageError(Exception):
@@ -195,7 +196,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[Args, list[str], dict | Non
     if args.resume and args.evaluate:
         raise UsageError("--resume and --evaluate exclude each other; give one of them")
     if args.resume or args.evaluate:
-        option, same_args = ("--resume", RUN_ARGS) if args.resume else ("--evaluate", TASK_ARGS)
+        option, same_args = ("--resume", RUN_ARGS) if args.resume else ("--evaluate", POLICY_ARGS)
         path = Path(args.resume, "checkpoint.pt") if args.resume else Path(args.evaluate)
         saved, saved_args = load(path, option)
         args = tyro.cli(Args, args=argv, default=replace(saved_args, resume=args.resume, evaluate=args.evaluate))
@@ -653,8 +654,8 @@ class Agent:
         losses = {"critic_loss": critic_losses, "actor_loss": actor_losses, "alpha_loss": alpha_losses}
         return {name: loss.detach().mean() for name, loss in losses.items()}
 
-    def state(self) -> dict[str, float]:
-        """alpha and temperature of each task, for the log."""
+    def log_values(self) -> dict[str, float]:
+        """alpha and route temperature of each task, by the columns of progress.csv."""
         temperature = route_temperatures(self.log_alpha, self.args)
         values = {"alpha": self.log_alpha.exp(), **({} if temperature is None else {"temperature": temperature})}
         return {f"{name}/{task}": x for name in values for task, x in zip(self.tasks, values[name].tolist())}
@@ -957,7 +958,9 @@ def train(args: Args, tasks: list[str], checkpoint: dict | None, device: torch.d
                 evaluation_due = progress.evaluated_at < evaluation_at <= progress.global_step
                 row_due = progress.global_step // args.log_every > log.window.global_step // args.log_every
                 if evaluation_due or row_due:
-                    row = log.speeds(progress) | {name: loss.item() for name, loss in losses.items()} | agent.state()
+                    row = (
+                        log.speeds(progress) | {name: loss.item() for name, loss in losses.items()} | agent.log_values()
+                    )
                     if evaluation_due:
                         try:
                             row |= (results := evaluate(agent.actor, envs, tasks, args.eval_episodes, stop))
