@@ -50,9 +50,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-# The workers share the cores with the learner, whose idle threads should therefore sleep, not spin.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 import gymnasium as gym
 import metaworld
 import numpy as np
