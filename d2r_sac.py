@@ -901,9 +901,12 @@ def make_run_dir(args: Args, tasks: list[str]) -> Path:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         facts = {"args": asdict(args), "tasks": tasks, "versions": versions, "commit": commit}
-        (run_dir / "args.json").write_text(json.dumps(facts, indent=2) + "\n")
+        partial_path = run_dir / "args.json.partial"
+        partial_path.write_text(json.dumps(facts, indent=2) + "\n")
+        partial_path.replace(run_dir / "args.json")
     except OSError as error:
-        raise UsageError(f"--results-dir: {run_dir} cannot be written ({error.strerror}); choose another") from error
+        option = "--resume" if args.resume else "--results-dir"
+        raise UsageError(f"{option}: {run_dir} cannot be written ({error.strerror}); choose another") from error
     return run_dir
 
 
@@ -927,7 +930,7 @@ def train(args: Args, tasks: list[str], checkpoint: dict | None, device: torch.d
     T, run_dir = len(tasks), make_run_dir(args, tasks)
     progress = Progress(**checkpoint["progress"]) if checkpoint else Progress()
     print(
-        f"{args.env_id}: {T} tasks with {args.goals} goals, {args.total_steps:,} steps, replay {args.buffer_size:,}, "
+        f"{args.env_id}: {T} task{'s' * (T > 1)} with {args.goals} goals, {args.total_steps:,} steps, replay {args.buffer_size:,}, "
         f"batch {args.batch_size:,}, learning starts at {args.learning_starts:,}, evaluation every "
         f"{args.eval_every:,}, on {device}, in {run_dir}",
         flush=True,
