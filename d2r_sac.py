@@ -35,6 +35,7 @@ import math
 import multiprocessing.connection
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -54,6 +55,7 @@ import gymnasium as gym
 import metaworld
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from metaworld.evaluation import evaluation as metaworld_evaluation
@@ -83,7 +85,7 @@ class Args:
     buffer_size: int | None = None
     """transitions of replay, over all tasks (1M for MT10, 10M for MT50, 100,000 per task otherwise)"""
     batch_size: int | None = None
-    """samples of an update, over all tasks, the same number of each (128 per task)"""
+    """samples of an update, over all tasks and ranks, the same number of each (128 per task)"""
     learning_starts: int | None = None
     """environment steps with the untrained stochastic policy before the first update (4,000 per task)"""
 
@@ -138,6 +140,12 @@ class Args:
     """of the networks, the sampling and the goals"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the networks are; auto: cuda where there is one"""
+    buffer_device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where the replay is; auto: with the networks, where it fits"""
+    compile: bool = False
+    """torch.compile for the networks; on CUDA acting and the whole update also become CUDA graphs"""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """of the networks' matrix products; on CUDA float32 means TF32, unless --torch-deterministic"""
     torch_deterministic: bool = False
     """only deterministic algorithms, on CUDA too"""
     results_dir: str = "results"
@@ -221,21 +229,31 @@ def parse_arguments(argv: list[str] | None) -> tuple[Args, list[str], dict | Non
             raise UsageError(f"{flag} is {value}; it must lie in [0, 1]")
         if name not in ("gamma", "tau", "seed", "top_k", "target_entropy") and any(x <= 0 for x in numbers):
             raise UsageError(f"{flag} is {value}; it must be positive")
-    M, K, batch = args.num_modules, args.top_k, args.batch_size
+    M, K, batch, (_, ranks) = args.num_modules, args.top_k, args.batch_size, world()
+    cuda, on_ranks = args.device != "cpu" and torch.cuda.is_available(), f" on {ranks} ranks" * (ranks > 1)
     for wrong, message in (
         (not args.encoder_widths or not args.router_widths, "--encoder-widths and --router-widths need a width each"),
         (M > 256, f"--num-modules is {M}; at most 256 are possible, since routes are stored in bytes"),
         (not 0 <= K <= M, f"--top-k is {K}; it must lie between 0 and --num-modules, which is {M}"),
-        (batch % T, f"--batch-size {batch} does not divide into {T} tasks; write a multiple of {T}"),
+        (
+            batch % (T * ranks),
+            f"--batch-size {batch} does not divide into {T} tasks{on_ranks}; write a multiple of {T * ranks}",
+        ),
         (args.buffer_size < batch, f"--buffer-size is {args.buffer_size}; it must be at least a batch, {batch}"),
         (args.learning_starts < T, f"--learning-starts is {args.learning_starts}; write at least {T}, a step per task"),
         (args.episode_length > 500, f"--episode-length is {args.episode_length}; Meta-World has at most 500 steps"),
         (args.initial_alpha > 1, f"--initial-alpha is {args.initial_alpha}; alpha is clamped to at most 1"),
         (not 0 <= args.seed < 2**31, f"--seed is {args.seed}; it must lie in [0, 2^31)"),
+        (args.device == "cuda" and not cuda, "--device is cuda, and PyTorch finds none here; write --device cpu"),
         (
-            args.device == "cuda" and not torch.cuda.is_available(),
-            "--device is cuda, and PyTorch finds none here; write --device cpu",
+            args.buffer_device == "cuda" and not cuda,
+            "--buffer-device is cuda, and the networks are on the CPU; leave it out",
         ),
+        (
+            args.compile and not shutil.which(os.environ.get("CXX", "g++")),
+            "--compile needs a C++ compiler, and there is no g++ here; install it, or leave --compile out",
+        ),
+        (args.evaluate and ranks > 1, "--evaluate takes a single process; run it without torchrun"),
     ):
         if wrong:
             raise UsageError(message)
@@ -277,6 +295,58 @@ def worker_envs(tasks: list[str], args: Args) -> Iterator[gym.vector.AsyncVector
         envs.closed = True
 
 
+# --------------------------------------------------------------------------------------------------- data parallel
+# Under torchrun each rank, a process, steps its own copy of the tasks and samples from its own replay. The gradients
+# are averaged, so all ranks keep the same weights. Without torchrun there is rank 0 alone.
+
+
+def world() -> tuple[int, int]:
+    """This process's rank, and the number of ranks."""
+    return (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if dist.is_torchelastic_launched() else (0, 1)
+
+
+def collective(function, *arguments) -> None:
+    """Call a function of torch.distributed, on all ranks. Raises RunError where another rank has ended."""
+    try:
+        function(*arguments)
+    except RuntimeError as error:
+        raise RunError("another rank has ended or cannot be reached") from error
+
+
+def all_reduce(tensor: Tensor, op: dist.ReduceOp) -> Tensor:
+    """The sum, minimum or maximum over all ranks, in place."""
+    if world()[1] > 1:
+        collective(dist.all_reduce, tensor, op)
+    return tensor
+
+
+def gather(tensor: Tensor) -> list[Tensor]:
+    """The tensors of all ranks, of equal shapes, on rank 0; nothing on the others."""
+    rank, ranks = world()
+    if ranks == 1:
+        return [tensor]
+    tensors = [torch.empty_like(tensor) for _ in range(ranks)] if rank == 0 else None
+    collective(dist.gather, tensor, tensors)
+    return tensors or []
+
+
+def average_gradients(parameters: list[Tensor]) -> None:
+    """Each gradient becomes its mean over all ranks."""
+    if world()[1] > 1:
+        gradients = [parameter.grad for parameter in parameters]
+        total = all_reduce(torch.cat([gradient.flatten() for gradient in gradients]), dist.ReduceOp.SUM)
+        means = (total / world()[1]).split([gradient.numel() for gradient in gradients])
+        torch._foreach_copy_(gradients, [mean.view_as(gradient) for mean, gradient in zip(means, gradients)])
+
+
+def check_equal(parameters: list[Tensor]) -> None:
+    """Raises RunError unless the parameters are the same, to the bit, on all ranks."""
+    weights = torch.cat([parameter.detach().flatten() for parameter in parameters])
+    least, greatest = (all_reduce(weights.clone(), op) for op in (dist.ReduceOp.MIN, dist.ReduceOp.MAX))
+    if not torch.equal(least, greatest):
+        raise RunError("the ranks' weights differ")
+
+
 # --------------------------------------------------------------------------------------------------- replay buffer
 
 
@@ -294,18 +364,18 @@ class Transition(NamedTuple):
 class ReplayBuffer:
     """A ring per task, in preallocated tensors (capacity, T, ...). The tasks step together, so the rings turn together.
 
-    capacity: transitions of each task. Memory is taken only as it fills.
+    capacity: transitions of each task. On a CPU memory is taken only as it fills.
     """
 
-    def __init__(self, capacity: int, T: int, obs_dim: int, action_dim: int, M: int, K: int):
+    def __init__(self, capacity: int, T: int, obs_dim: int, action_dim: int, M: int, K: int, device: str = "cpu"):
         self.capacity, self.T, self.size, self.position = capacity, T, 0, 0
         self.storage = Transition(
-            obs=torch.empty(capacity, T, obs_dim),
-            action=torch.empty(capacity, T, action_dim),
-            reward=torch.empty(capacity, T),
-            next_obs=torch.empty(capacity, T, obs_dim),
-            terminated=torch.empty(capacity, T, dtype=torch.bool),
-            routes=torch.empty(capacity, T, M, K, dtype=torch.uint8),
+            obs=torch.empty(capacity, T, obs_dim, device=device),
+            action=torch.empty(capacity, T, action_dim, device=device),
+            reward=torch.empty(capacity, T, device=device),
+            next_obs=torch.empty(capacity, T, obs_dim, device=device),
+            terminated=torch.empty(capacity, T, dtype=torch.bool, device=device),
+            routes=torch.empty(capacity, T, M, K, dtype=torch.uint8, device=device),
         )
 
     def add(self, transition: Transition) -> None:
@@ -317,18 +387,36 @@ class ReplayBuffer:
 
     def sample(self, n: int, device: torch.device) -> Transition:
         """n transitions of each task, uniformly with replacement: (T * n, ...), task by task."""
-        rows = torch.randint(self.size, (self.T, n))
-        columns = torch.arange(self.T)[:, None]
+        columns = torch.arange(self.T, device=self.storage.reward.device)[:, None]
+        rows = torch.randint(self.size, (self.T, n), device=columns.device)
         return Transition(*(ring[rows, columns].flatten(0, 1).to(device) for ring in self.storage))
 
     def state_dict(self) -> dict:
-        filled = [ring[: self.size].clone() for ring in self.storage]
-        return {"storage": filled, "size": self.size, "position": self.position}
+        """The rings of all ranks as one, in which they take turns; they all turn together. Empty but on rank 0."""
+        _, ranks = world()
+        filled = [gather(ring[: self.size].clone().cpu()) for ring in self.storage]
+        storage = [torch.stack(rings, 1).flatten(0, 1) if ranks > 1 else rings[0] for rings in filled if rings]
+        return {"storage": storage, "size": ranks * self.size, "position": ranks * self.position}
 
     def load_state_dict(self, state: dict) -> None:
-        self.size, self.position = state["size"], state["position"]
+        """This rank's share of a replay, also of one that another number of ranks has saved."""
+        rank, ranks = world()
+        self.size = min(state["size"] // ranks, self.capacity)
+        self.position = self.size % self.capacity
         for ring, filled in zip(self.storage, state["storage"]):
-            ring[: self.size] = filled
+            oldest_first = filled.roll(-state["position"], 0)
+            ring[: self.size] = oldest_first[len(filled) - ranks * self.size + rank :: ranks]
+
+
+def make_replay(args: Args, T: int, obs_dim: int, action_dim: int, device: torch.device) -> ReplayBuffer:
+    """This rank's replay, on --buffer-device."""
+    capacity = args.buffer_size // (T * world()[1])
+    shape = (capacity, T, obs_dim, action_dim, args.num_modules, args.top_k or args.num_modules)
+    on_cuda = device.type == "cuda" and args.buffer_device != "cpu"
+    if on_cuda and args.buffer_device == "auto":
+        needed = sum(ring.nbytes for ring in ReplayBuffer(*shape, device="meta").storage)
+        on_cuda = needed < 0.8 * torch.cuda.mem_get_info(device)[0]
+    return ReplayBuffer(*shape, device=device if on_cuda else "cpu")
 
 
 # ------------------------------------------------------------------------------------------------- routing network
@@ -370,7 +458,7 @@ class RoutingNetwork(nn.Module):
         """inputs (B, input_dim), task (B,) indices -> h (B, encoder_widths[-1]), table of logits (B, M, M)."""
         h = self.obs_encoder(inputs)
         e = self.task_encoder(F.one_hot(task, self.T).to(h.dtype))
-        return h, routing_table(self.router(h * e), self.M)
+        return h, routing_table(self.router(h * e).to(inputs.dtype), self.M)
 
 
 def routing_table(logits: Tensor, M: int) -> Tensor:
@@ -392,7 +480,8 @@ def sample_k(table: Tensor, K: int, temperature: Tensor) -> Tensor:
 
     The K largest of logits with Gumbel noise are such draws (Kool et al., ICML 2019).
     """
-    gumbel = -torch.empty_like(table).exponential_().log()
+    uniform = torch.rand_like(table).clamp_(min=torch.finfo(table.dtype).tiny)
+    gumbel = -(-uniform.log()).log()
     return top_k(table / temperature[:, None, None] + gumbel, K)
 
 
@@ -425,57 +514,100 @@ def gradient_kept(table: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------- base modules
 
 
+class RoutedModules(torch.autograd.Function):
+    """Modules 1 ... M-1: x_i = sum_k w_{i-1,k} o_j(k), f_i = relu(W_i x_i + b_i), o_i = f_i + x_i; -> x_M for the head.
+
+    The backward pass is ResRouting's: a gradient that enters an edge through module i's own layer, or through the head,
+    reaches all of the source's output o_j = f_j + x_j, or x_j alone where the edge is blocked; one that enters through
+    module i's shortcut reaches all of o_j.
+
+    The outputs of all modules lie in one tensor o, module after module, with a row for each sample that uses a module.
+    """
+
+    @staticmethod
+    def forward(ctx, o_0, w, blocked, sources, counts, *parameters):
+        """o_0 (B, H), the output of module 0 -> (B, H).
+
+        counts are the numbers of samples in modules 0 ... M-1 and in the head. w, blocked and sources (edges, K) are the
+        weights of the chosen sources, whether ResRouting blocks them, and their rows in o, for each sample in modules
+        1 ... M-1 and in the head. parameters are W_1 ... W_{M-1} (H, H) and b_1 ... b_{M-1} (H,).
+        """
+        M = len(counts) - 1
+        W, b = (None, *parameters[: M - 1]), (None, *parameters[M - 1 :])
+        o = w.new_empty(sum(counts[:-1]), o_0.shape[1])
+        outputs = o.split(counts[:-1])
+        outputs[0].copy_(o_0)
+        x, f = [None], [None]
+        for i, w_i, sources_i in zip(range(1, M + 1), w.split(counts[1:]), sources.split(counts[1:])):
+            x.append(F.embedding_bag(sources_i, o, per_sample_weights=w_i, mode="sum"))
+            if i < M:
+                f.append(F.linear(x[i], W[i], b[i]).relu_())
+                torch.add(f[i], x[i], out=outputs[i])
+        ctx.counts = counts
+        ctx.save_for_backward(w, blocked, sources, o, *W[1:], *x[1:M], *f[1:])
+        return x[M]
+
+    @staticmethod
+    def backward(ctx, grad_x_M):
+        counts, M = ctx.counts, len(ctx.counts) - 1
+        w, blocked, sources, o, *saved = ctx.saved_tensors
+        W, x, f = ([None, *saved[n * (M - 1) : (n + 1) * (M - 1)]] for n in range(3))
+        grad_o, held_back = torch.zeros_like(o), torch.zeros_like(o)  # of o_j; and what of it does not reach f_j
+        grad_w, grad_W, grad_b = torch.empty_like(w), [None] * M, [None] * M
+        grad_outputs, held_back_outputs = grad_o.split(counts[:-1]), held_back.split(counts[:-1])
+        edges = [(None,) * 4, *zip(*(t.split(counts[1:]) for t in (w, w * blocked, sources, grad_w)))]
+        for i in range(M, 0, -1):
+            if i == M:
+                own = both = (
+                    grad_x_M  # what comes to x_i through the layer (here the head), and through the shortcut too
+                )
+            else:  # nothing more comes to o_i: its edges lead to later modules
+                grad_z = ((grad_outputs[i] - held_back_outputs[i]) * (f[i] > 0)).to(f[i].dtype)
+                if ctx.needs_input_grad[5]:
+                    grad_W[i], grad_b[i] = grad_z.T @ x[i].to(f[i].dtype), grad_z.sum(0)
+                own = grad_z @ W[i].to(f[i].dtype)
+                both = own + grad_outputs[i]
+            w_i, blocked_w_i, sources_i, grad_w_i = edges[i]
+            rows = sources_i.flatten()
+            torch.sum(o.index_select(0, rows).unflatten(0, sources_i.shape) * both[:, None], -1, out=grad_w_i)
+            grad_o.index_add_(0, rows, (w_i[..., None] * both[:, None]).flatten(0, 1))
+            held_back.index_add_(0, rows, (blocked_w_i[..., None] * own[:, None]).flatten(0, 1))
+        return grad_outputs[0] - held_back_outputs[0], grad_w, None, None, None, *grad_W[1:], *grad_b[1:]
+
+
 class BaseModules(nn.Module):
     """M modules, each fed by the sources that its row of the routing table chose, and a head fed by the last row.
 
-    ResRouting: a gradient that enters edge (i, j) through module i+1's own layer, or through the head, reaches all of
-    o_j = f_j + x_j where gradient_kept says so, and x_j alone elsewhere. To that end the layer's input adds, for each
-    blocked edge, w_ij (stop_gradient(f_j) - f_j): zeros, whose gradient takes back what f_j would get.
+    skip_unused: compute a module for the samples that use it; else for all, so that shapes stay static, as CUDA graphs
+    need them, and the host need not know who uses what.
     """
 
     def __init__(self, embedding_dim, output_dim, M, module_width, resrouting):
         super().__init__()
-        self.resrouting = resrouting
+        self.resrouting, self.skip_unused = resrouting, True
         input_dims = [embedding_dim] + [module_width] * (M - 1)
         self.module = nn.ModuleList(init_hidden(nn.Linear(input_dim, module_width)) for input_dim in input_dims)
         self.head = init_head(nn.Linear(module_width, output_dim))
 
     def forward(self, h: Tensor, table: Tensor, routes: Tensor) -> Tensor:
-        """h (B, embedding_dim), logits (B, M, M), routes (B, M, K) -> (B, output_dim).
-
-        In eval mode a module that no sample of the batch uses is not computed.
-        """
-        M = len(self.module)
-        weights = routing_weights(table, routes)
-        w = [row.unbind(1) for row in weights.unsqueeze(-1).unbind(1)]  # w[i][j]: (B, 1)
-        block = self.resrouting and torch.is_grad_enabled()
-        if block:
-            blocked_weights = weights.detach() * ~gradient_kept(table)
-            blocked = [row.unbind(1) for row in blocked_weights.unsqueeze(-1).unbind(1)]
-        computed = range(M) if self.training else used_modules(routes).any(0).nonzero().flatten().tolist()
-
-        o, undo = {}, {}  # of each module: o_j and stop_gradient(f_j) - f_j, both (B, H)
-        for i in [*computed, M]:
-            sources = [j for j in computed if j < i]
-            if i == 0:
-                x, own = 0, F.relu(h)  # module 0 has no residual shortcut
-            else:
-                x = own = weighted_sum([w[i - 1][j] for j in sources], [o[j] for j in sources])
-                if block:
-                    own = weighted_sum([blocked[i - 1][j] for j in sources], [undo[j] for j in sources], start=x)
-            if i == M:
-                return self.head(own)
-            f = F.relu(self.module[i](own))
-            o[i] = f + x  # the shortcut takes x itself: its gradient is never blocked
-            if block:
-                undo[i] = f.detach() - f
-
-
-def weighted_sum(weights: list[Tensor], terms: list[Tensor], start: Tensor | None = None) -> Tensor:
-    """start + sum_j weights_j * terms_j, as a running sum: stacking the terms costs more than adding them."""
-    for weight, term in zip(weights, terms):
-        start = weight * term if start is None else torch.addcmul(start, weight, term)
-    return start
+        """h (B, embedding_dim), logits (B, M, M), routes (B, M, K) -> (B, output_dim)."""
+        B, M, K = routes.shape
+        routes = routes.long()
+        w = routing_weights(table, routes).gather(-1, routes).tril()  # row i has i+1 sources, and then repetitions
+        blocked = ~gradient_kept(table).gather(-1, routes) if self.resrouting else torch.zeros_like(w)
+        if self.skip_unused:
+            computed = F.pad(used_modules(routes), (0, 1), value=True).T  # (M + 1, B), the head last
+            counts, row = computed.sum(1).tolist(), computed.flatten().cumsum(0).view(M + 1, B) - 1
+            sources = row.T.gather(1, routes.flatten(1)).view(B, M, K)
+        else:
+            counts, sources = [B] * (M + 1), routes * B + torch.arange(B, device=h.device)[:, None, None]
+        w, blocked, sources = (t.transpose(0, 1).flatten(0, 1) for t in (w, blocked, sources))  # (M * B, K)
+        if self.skip_unused:
+            edges = computed[1:].flatten().nonzero().squeeze(1)  # row i of the routing table feeds module i+1
+            w, blocked, sources = (t.index_select(0, edges) for t in (w, blocked, sources))
+        o_0 = F.relu(self.module[0](F.relu(h)))
+        parameters = [layer.weight for layer in self.module[1:]] + [layer.bias for layer in self.module[1:]]
+        return self.head(RoutedModules.apply(o_0, w, blocked, sources, counts, *parameters))
 
 
 # ------------------------------------------------------------------------------------------------ actor and critic
@@ -486,7 +618,7 @@ class D2RNetwork(nn.Module):
 
     def __init__(self, input_dim: int, output_dim: int, T: int, args: Args):
         super().__init__()
-        self.K = args.top_k or args.num_modules
+        self.K, self.bfloat16 = args.top_k or args.num_modules, args.precision == "bfloat16"
         self.routing_network = RoutingNetwork(input_dim, T, args.num_modules, args.encoder_widths, args.router_widths)
         self.base_modules = BaseModules(
             args.encoder_widths[-1], output_dim, args.num_modules, args.module_width, args.resrouting
@@ -499,10 +631,11 @@ class D2RNetwork(nn.Module):
 
         The routes are those given; else Sample-K's at each task's temperature (T,), where that is given; else Top-K's.
         """
-        h, table = self.routing_network(inputs, task)
-        if routes is None:
-            routes = top_k(table, self.K) if temperature is None else sample_k(table, self.K, temperature[task])
-        return self.base_modules(h, table, routes), routes
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.bfloat16):
+            h, table = self.routing_network(inputs, task)
+            if routes is None:
+                routes = top_k(table, self.K) if temperature is None else sample_k(table, self.K, temperature[task])
+            return self.base_modules(h, table, routes).to(inputs.dtype), routes
 
 
 class Critics(nn.ModuleList):
@@ -577,6 +710,35 @@ def route_temperatures(log_alpha: Tensor, args: Args) -> Tensor | None:
 # ----------------------------------------------------------------------------------------------------------- agent
 
 
+class CUDAGraph:
+    """A function whose kernels are replayed as one CUDA graph, after three calls that run as they are.
+
+    It takes a tensor or a tuple of tensors, of the same shapes every time, and returns the same tensors every time,
+    which the next call overwrites. Whatever else it changes, it must change in place.
+    """
+
+    def __init__(self, function):
+        self.function, self.graph, self.calls = function, None, 0
+
+    def __call__(self, inputs):
+        self.calls += 1
+        if self.calls <= 3:  # not on the default stream, as capturing asks for
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                outputs = self.function(inputs)
+            torch.cuda.current_stream().wait_stream(stream)
+            return outputs
+        if self.graph is None:
+            self.inputs = inputs.clone() if isinstance(inputs, Tensor) else type(inputs)(*(t.clone() for t in inputs))
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.outputs = self.function(self.inputs)
+        torch._foreach_copy_(*([t] if isinstance(t, Tensor) else list(t) for t in (self.inputs, inputs)))
+        self.graph.replay()
+        return self.outputs
+
+
 class Agent:
     """Actor, critics, target critics, log alpha and their optimizer."""
 
@@ -589,28 +751,51 @@ class Agent:
         self.target_critics.load_state_dict(self.critics.state_dict())
         self.target_critics.requires_grad_(False)
         self.log_alpha = torch.full((T,), math.log(args.initial_alpha), device=device, requires_grad=True)
-        networks = [*self.actor.parameters(), *self.critics.parameters()]
-        self.optimizer = torch.optim.Adam([{"params": networks}, {"params": [self.log_alpha]}], fused=True)
-        self.set_learning_rates()
+        self.clipped = [[*network.parameters()] for network in (self.actor, *self.critics)] + [[self.log_alpha]]
+        self.parameters = [parameter for part in self.clipped for parameter in part]
+        groups = [{"params": self.parameters[:-1]}, {"params": [self.log_alpha]}]
+        self.optimizer = torch.optim.Adam(groups, fused=True)
+        self.set_optimizer_options()
+        self.task_losses = torch.zeros(T, device=device)  # of the last update
 
-    def set_learning_rates(self) -> None:
+        for network in (self.actor, *self.critics, *self.target_critics):
+            network.base_modules.skip_unused = device.type == "cpu"
+            if args.compile:
+                network.routing_network.compile(dynamic=False)
+                if not network.base_modules.skip_unused:
+                    network.base_modules.compile(dynamic=False)
+        if args.compile and device.type == "cuda":
+            self.policy, self.update = CUDAGraph(self.policy), CUDAGraph(self.update)
+
+    def set_optimizer_options(self) -> None:
         for group, rate in zip(self.optimizer.param_groups, (self.args.learning_rate, self.args.alpha_learning_rate)):
-            group["lr"] = rate
+            group["lr"], group["capturable"] = rate, self.task.is_cuda
 
     @torch.no_grad()
-    def act(self, obs: np.ndarray) -> tuple[np.ndarray, Tensor]:
-        """One observation of each task (T, 39) -> actions (T, 4), routes (T, M, K); both sampled. Raises RunError."""
-        obs = torch.as_tensor(obs, dtype=torch.float32, device=self.task.device)
+    def policy(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """One observation of each task (T, 39) -> actions (T, 4), routes (T, M, K); both sampled."""
         output, routes = self.actor(obs, self.task, temperature=route_temperatures(self.log_alpha, self.args))
-        action = sample_action(output)[0].cpu().numpy()
+        return sample_action(output)[0], routes
+
+    def act(self, obs: np.ndarray) -> tuple[np.ndarray, Tensor]:
+        """policy, for observations and actions on the host. Raises RunError where an action is not finite."""
+        action, routes = self.policy(torch.as_tensor(obs, dtype=torch.float32, device=self.task.device))
+        action = action.cpu().numpy()
         for index in np.flatnonzero(~np.isfinite(action).all(-1)):
+            self.check_losses()
             raise RunError(f"the action of {self.tasks[index]} is not finite")
-        return action, routes.cpu()
+        return action, routes
+
+    def check_losses(self) -> None:
+        """Raises RunError where a task's loss was not finite in the last update."""
+        for index in (~self.task_losses.isfinite()).nonzero():
+            raise RunError(f"the loss of {self.tasks[index]} is {self.task_losses[index].item()}")
 
     def update(self, batch: Transition) -> dict[str, Tensor]:
         """One update of everything, from n samples of each task. Returns the mean of each loss over tasks.
 
-        Raises RunError, with nothing changed, where a task's loss is not finite.
+        On a CPU it raises RunError, with nothing changed, where a task's loss is not finite. On a GPU nobody waits for
+        the losses; check_losses tells.
         """
         args, T = self.args, len(self.task)
         n = len(batch.reward) // T
@@ -638,11 +823,13 @@ class Agent:
         alpha_losses = alpha_loss(self.log_alpha, log_prob, args.target_entropy)
 
         losses = critic_losses + actor_losses + alpha_losses
-        for index in (~losses.isfinite()).nonzero():
-            raise RunError(f"the loss of {self.tasks[index]} is {losses[index].item()}")
+        self.task_losses = losses.detach()
+        if not self.task.is_cuda:
+            self.check_losses()
         self.optimizer.zero_grad()
         masked_mean(losses, args.max_task_loss).backward()
-        for part in (self.actor.parameters(), *(critic.parameters() for critic in self.critics), [self.log_alpha]):
+        average_gradients(self.parameters)
+        for part in self.clipped:
             nn.utils.clip_grad_norm_(part, args.max_grad_norm)
         self.optimizer.step()
         with torch.no_grad():
@@ -666,7 +853,7 @@ class Agent:
         for name in ("actor", "critics", "target_critics", "optimizer"):
             getattr(self, name).load_state_dict(state[name])
         self.log_alpha.data.copy_(state["log_alpha"])
-        self.set_learning_rates()
+        self.set_optimizer_options()
 
 
 # ------------------------------------------------------------------------------------------------------ evaluation
@@ -706,9 +893,8 @@ def evaluate(
 
     Returns success (a rate), return and modules_used, of each task (success/reach-v3) and averaged (success).
     """
-    agent = EvaluationAgent(actor.eval(), tasks, stop)
+    agent = EvaluationAgent(actor, tasks, stop)
     _, _, successes, returns = metaworld_evaluation(agent, envs, episodes)
-    actor.train()
     results = {}
     for index, task in enumerate(tasks):
         results[f"success/{task}"] = successes[task]
@@ -745,6 +931,7 @@ class Progress:
     updates: int = 0
     evaluated_at: int = 0  # global_step of the last evaluation
     seconds: float = 0.0  # over all resumptions
+    update_seconds: float = 0.0  # of these, in updates
 
 
 def save(contents: dict, path: Path) -> None:
@@ -762,7 +949,12 @@ def save(contents: dict, path: Path) -> None:
 
 
 def save_run(run_dir: Path, args: Args, agent: Agent, replay: ReplayBuffer, progress: Progress) -> None:
-    """Write checkpoint.pt, with everything to go on, and actor.pt, with what it takes to evaluate the policy."""
+    """Write checkpoint.pt, with everything to go on, and actor.pt, with what it takes to evaluate the policy.
+
+    All ranks call it; rank 0 writes. Raises RunError.
+    """
+    agent.check_losses()
+    check_equal([*agent.parameters, *agent.target_critics.parameters()])
     checkpoint = {
         "args": asdict(args),
         "agent": agent.state_dict(),
@@ -771,8 +963,9 @@ def save_run(run_dir: Path, args: Args, agent: Agent, replay: ReplayBuffer, prog
         "rng_state": torch.get_rng_state(),
         "cuda_rng_state": torch.cuda.get_rng_state() if agent.task.is_cuda else None,
     }
-    save(checkpoint, run_dir / "checkpoint.pt")
-    save({"args": asdict(args), "actor": agent.actor.state_dict()}, run_dir / "actor.pt")
+    if world()[0] == 0:
+        save(checkpoint, run_dir / "checkpoint.pt")
+        save({"args": asdict(args), "actor": agent.actor.state_dict()}, run_dir / "actor.pt")
 
 
 def load(path: Path, option: str) -> tuple[dict, Args]:
@@ -826,14 +1019,18 @@ class RunLog:
 
     def start_window(self, progress: Progress) -> None:
         """Speeds are measured from here."""
-        self.window, self.update_seconds = replace(progress), 0.0
+        self.window = replace(progress)
 
     def speeds(self, progress: Progress) -> dict[str, float]:
         steps, updates = progress.global_step - self.window.global_step, progress.updates - self.window.updates
         seconds = progress.seconds - self.window.seconds
         speeds = {"global_step": progress.global_step, "seconds": progress.seconds, "updates": progress.updates}
         speeds |= {"steps_per_second": steps / seconds} if steps else {}
-        return speeds | ({"update_ms": 1e3 * self.update_seconds / updates} if updates else {})
+        update_seconds = progress.update_seconds - self.window.update_seconds
+        return speeds | ({"update_ms": 1e3 * update_seconds / updates} if updates else {})
+
+    def row_due(self, progress: Progress, log_every: int) -> bool:
+        return progress.global_step // log_every > self.window.global_step // log_every
 
     def row(self, values: dict[str, float]) -> None:
         cells = {name: f"{x:.6g}" if isinstance(x, float) else x for name, x in values.items()}
@@ -927,28 +1124,34 @@ def stop_signals() -> Iterator[threading.Event]:
 
 def train(args: Args, tasks: list[str], checkpoint: dict | None, device: torch.device) -> None:
     """Train until --total-steps, SIGINT or SIGTERM. Raises UsageError or RunError."""
-    T, run_dir = len(tasks), make_run_dir(args, tasks)
+    (rank, ranks), T = world(), len(tasks)
+    run_dir = make_run_dir(args, tasks) if rank == 0 else None
     progress = Progress(**checkpoint["progress"]) if checkpoint else Progress()
-    print(
-        f"{args.env_id}: {T} task{'s' * (T > 1)} with {args.goals} goals, {args.total_steps:,} steps, replay {args.buffer_size:,}, "
-        f"batch {args.batch_size:,}, learning starts at {args.learning_starts:,}, evaluation every "
-        f"{args.eval_every:,}, on {device}, in {run_dir}",
-        flush=True,
-    )
+    rank_seed = args.seed + 10_000 * rank
+    if rank == 0:
+        print(
+            f"{args.env_id}: {T} task{'s' * (T > 1)} with {args.goals} goals, {args.total_steps:,} steps, "
+            f"replay {args.buffer_size:,}, batch {args.batch_size:,}, learning starts at {args.learning_starts:,}, "
+            f"evaluation every {args.eval_every:,}, on {device}{f' and {ranks} ranks' * (ranks > 1)}, in {run_dir}",
+            flush=True,
+        )
     try:
-        with stop_signals() as stop, worker_envs(tasks, args) as envs:
+        with stop_signals() as stop, worker_envs(tasks, replace(args, seed=rank_seed)) as envs:
+            if ranks > 1:  # after the workers: they should not hold the ranks' connections
+                collective(dist.init_process_group, "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
             obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
             agent = Agent(args, tasks, obs_dim, action_dim, device)
-            K = args.top_k or args.num_modules
-            replay = ReplayBuffer(args.buffer_size // T, T, obs_dim, action_dim, args.num_modules, K)
+            replay = make_replay(args, T, obs_dim, action_dim, device)
             if checkpoint:
                 agent.load_state_dict(checkpoint["agent"])
                 replay.load_state_dict(checkpoint["replay"])
                 torch.set_rng_state(checkpoint["rng_state"])
                 if device.type == "cuda" and checkpoint["cuda_rng_state"] is not None:
                     torch.cuda.set_rng_state(checkpoint["cuda_rng_state"])
-            log, losses = RunLog(run_dir, tasks, progress, args.tensorboard), {}
-            envs.call("seed", args.seed + progress.global_step)  # a resumed run goes on with new goals
+            if rank > 0:
+                torch.manual_seed(rank_seed + progress.global_step)
+            log, losses = RunLog(run_dir, tasks, progress, args.tensorboard) if rank == 0 else None, {}
+            envs.call("seed", rank_seed + progress.global_step)  # a resumed run goes on with new goals
             obs, _ = envs.reset()
             checkpointed_at = time.monotonic()
             began = checkpointed_at - progress.seconds
@@ -956,25 +1159,27 @@ def train(args: Args, tasks: list[str], checkpoint: dict | None, device: torch.d
             while True:
                 evaluation_at = min((progress.evaluated_at // args.eval_every + 1) * args.eval_every, args.total_steps)
                 evaluation_due = progress.evaluated_at < evaluation_at <= progress.global_step
-                row_due = progress.global_step // args.log_every > log.window.global_step // args.log_every
-                if evaluation_due or row_due:
-                    row = (
-                        log.speeds(progress) | {name: loss.item() for name, loss in losses.items()} | agent.log_values()
-                    )
-                    if evaluation_due:
-                        try:
+                if log and (evaluation_due or log.row_due(progress, args.log_every)):
+                    agent.check_losses()
+                    losses = {name: loss.item() for name, loss in losses.items()}
+                    row = log.speeds(progress) | losses | agent.log_values()
+                    try:
+                        if evaluation_due:
                             row |= (results := evaluate(agent.actor, envs, tasks, args.eval_episodes, stop))
-                        except Interrupted:
-                            break
-                        log.evaluation(progress.global_step, results)
-                        progress.evaluated_at = progress.global_step
-                        progress.seconds = time.monotonic() - began
-                        obs, _ = envs.reset()
-                    log.row(row)
-                    log.start_window(progress)
-                if stop.is_set() or progress.global_step >= args.total_steps:
+                            log.evaluation(progress.global_step, results)
+                            progress.evaluated_at = progress.global_step
+                            progress.seconds = time.monotonic() - began
+                            obs, _ = envs.reset()
+                        log.row(row)
+                        log.start_window(progress)
+                    except Interrupted:
+                        pass  # a resumed run begins with this evaluation
+                checkpoint_due = time.monotonic() - checkpointed_at > 60 * args.checkpoint_minutes
+                agreed = all_reduce(torch.tensor([stop.is_set(), checkpoint_due], dtype=torch.int), dist.ReduceOp.MAX)
+                stopped, checkpoint_due = agreed.tolist()
+                if stopped or progress.global_step >= args.total_steps:
                     break
-                if time.monotonic() - checkpointed_at > 60 * args.checkpoint_minutes:
+                if checkpoint_due:
                     save_run(run_dir, args, agent, replay, progress)
                     checkpointed_at = time.monotonic()
 
@@ -983,8 +1188,8 @@ def train(args: Args, tasks: list[str], checkpoint: dict | None, device: torch.d
                 envs.step_async(action)
                 if progress.global_step >= args.learning_starts:
                     update_start = time.monotonic()
-                    losses = agent.update(replay.sample(args.batch_size // T, device))
-                    log.update_seconds += time.monotonic() - update_start
+                    losses = agent.update(replay.sample(args.batch_size // (T * ranks), device))
+                    progress.update_seconds += time.monotonic() - update_start
                     progress.updates += 1
                 next_obs, reward, terminated, truncated, infos = envs.step_wait()
                 last_obs = next_obs.copy()
@@ -992,18 +1197,21 @@ def train(args: Args, tasks: list[str], checkpoint: dict | None, device: torch.d
                     last_obs[index] = infos["final_obs"][index]
                 replay.add(Transition(obs, action, reward, last_obs, terminated, routes))
                 obs = next_obs
-                progress.global_step += T
+                progress.global_step += T * ranks
                 progress.seconds = time.monotonic() - began
-                log.progress_line(progress, args.total_steps)
+                if log:
+                    log.progress_line(progress, args.total_steps)
 
             save_run(run_dir, args, agent, replay, progress)
-            log.print(
-                f"{'stopped' if stop.is_set() else 'finished'} at step {progress.global_step:,}; "
-                f"go on with --resume {run_dir}"
-            )
-            log.close()
+            if log:
+                log.print(
+                    f"{'stopped' if stopped else 'finished'} at step {progress.global_step:,}; "
+                    f"go on with --resume {run_dir}"
+                )
+                log.close()
     except (RunError, OSError) as error:
-        raise RunError(f"step {progress.global_step:,}: {error}; {run_dir} keeps its last checkpoint") from error
+        kept = f"; {run_dir} keeps its last checkpoint" if rank == 0 else f" (rank {rank})"
+        raise RunError(f"step {progress.global_step:,}: {error}{kept}") from error
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1011,10 +1219,15 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args, tasks, saved = parse_arguments(argv)
         torch.manual_seed(args.seed)
+        device = torch.device("cpu")
+        if args.device != "cpu" and torch.cuda.is_available():
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(device)
+            if not args.torch_deterministic:
+                torch.set_float32_matmul_precision("high")  # TF32
         if args.torch_deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
-        device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
         if args.evaluate:
             evaluate_saved(args, tasks, saved, device)
         else:
