@@ -498,10 +498,10 @@ def routing_weights(table: Tensor, routes: Tensor) -> Tensor:
 
 def used_modules(routes: Tensor) -> Tensor:
     """Which modules the chosen edges connect to the head: (B, M, K) -> (B, M) bool. Their number is the depth."""
-    chosen = chosen_sources(routes)
-    used = chosen[:, -1].clone()
-    for i in range(routes.shape[1] - 1, 0, -1):  # module i takes its sources from row i-1
-        used |= used[:, i : i + 1] & chosen[:, i - 1]
+    chosen = chosen_sources(routes).unbind(1)
+    used = chosen[-1].clone()
+    for i in range(len(chosen) - 1, 0, -1):  # module i takes its sources from row i-1
+        used |= used[:, i : i + 1] & chosen[i - 1]
     return used
 
 
@@ -515,22 +515,23 @@ def gradient_kept(table: Tensor) -> Tensor:
 
 
 class RoutedModules(torch.autograd.Function):
-    """Modules 1 ... M-1: x_i = sum_k w_{i-1,k} o_j(k), f_i = relu(W_i x_i + b_i), o_i = f_i + x_i; -> x_M for the head.
+    """Modules 1 ... M-1, from the output of module 0 to the input of the head, with ResRouting as their backward pass.
 
-    The backward pass is ResRouting's: a gradient that enters an edge through module i's own layer, or through the head,
-    reaches all of the source's output o_j = f_j + x_j, or x_j alone where the edge is blocked; one that enters through
-    module i's shortcut reaches all of o_j.
+    Forward: x_i = sum_j w_{i-1,j} o_j over the chosen sources, f_i = relu(W_i x_i + b_i), o_i = f_i + x_i; -> x_M.
+    Backward: a gradient that comes to x_i through module i's own layer, or through the head, goes on along each edge to
+    all of o_j = f_j + x_j where the edge is kept, to x_j alone elsewhere; through module i's shortcut, to all of o_j.
 
-    The outputs of all modules lie in one tensor o, module after module, with a row for each sample that uses a module.
+    The outputs of all modules lie in one tensor o, module after module, with a row for each sample that uses the module.
     """
 
     @staticmethod
-    def forward(ctx, o_0, w, blocked, sources, counts, *parameters):
-        """o_0 (B, H), the output of module 0 -> (B, H).
+    def forward(ctx, o_0, w, kept, sources, counts, *parameters):
+        """o_0 (B, H) -> (B, H).
 
-        counts are the numbers of samples in modules 0 ... M-1 and in the head. w, blocked and sources (edges, K) are the
-        weights of the chosen sources, whether ResRouting blocks them, and their rows in o, for each sample in modules
-        1 ... M-1 and in the head. parameters are W_1 ... W_{M-1} (H, H) and b_1 ... b_{M-1} (H,).
+        counts: M+1 numbers, of the samples in modules 0 ... M-1 and in the head
+        w, kept, sources: (E, K); weight, gradient_kept and row in o of each source, for the samples in modules 1 ... M-1
+            and in the head, one after the other
+        parameters: W_1 ... W_{M-1}, (H, H), and b_1 ... b_{M-1}, (H,)
         """
         M = len(counts) - 1
         W, b = (None, *parameters[: M - 1]), (None, *parameters[M - 1 :])
@@ -544,35 +545,32 @@ class RoutedModules(torch.autograd.Function):
                 f.append(F.linear(x[i], W[i], b[i]).relu_())
                 torch.add(f[i], x[i], out=outputs[i])
         ctx.counts = counts
-        ctx.save_for_backward(w, blocked, sources, o, *W[1:], *x[1:M], *f[1:])
+        ctx.save_for_backward(w, w * kept, sources, o, *W[1:], *x[1:M], *f[1:])
         return x[M]
 
     @staticmethod
-    def backward(ctx, grad_x_M):
+    def backward(ctx, grad_output):
         counts, M = ctx.counts, len(ctx.counts) - 1
-        w, blocked, sources, o, *saved = ctx.saved_tensors
+        w, w_kept, sources, o, *saved = ctx.saved_tensors
         W, x, f = ([None, *saved[n * (M - 1) : (n + 1) * (M - 1)]] for n in range(3))
-        grad_o, held_back = torch.zeros_like(o), torch.zeros_like(o)  # of o_j; and what of it does not reach f_j
         grad_w, grad_W, grad_b = torch.empty_like(w), [None] * M, [None] * M
-        grad_outputs, held_back_outputs = grad_o.split(counts[:-1]), held_back.split(counts[:-1])
-        edges = [(None,) * 4, *zip(*(t.split(counts[1:]) for t in (w, w * blocked, sources, grad_w)))]
+        grad_f, grad_x = torch.zeros_like(o), torch.zeros_like(o)
+        grad_f_of, grad_x_of = grad_f.split(counts[:-1]), grad_x.split(counts[:-1])
+        edges = [None, *zip(*(t.split(counts[1:]) for t in (w, w_kept, sources, grad_w)))]
+        own, shortcut = grad_output, torch.zeros_like(grad_output)  # what comes to x_i through its layer, its shortcut
         for i in range(M, 0, -1):
-            if i == M:
-                own = both = (
-                    grad_x_M  # what comes to x_i through the layer (here the head), and through the shortcut too
-                )
-            else:  # nothing more comes to o_i: its edges lead to later modules
-                grad_z = ((grad_outputs[i] - held_back_outputs[i]) * (f[i] > 0)).to(f[i].dtype)
+            if i < M:
+                grad_z = (grad_f_of[i] * (f[i] > 0)).to(f[i].dtype)
                 if ctx.needs_input_grad[5]:
                     grad_W[i], grad_b[i] = grad_z.T @ x[i].to(f[i].dtype), grad_z.sum(0)
-                own = grad_z @ W[i].to(f[i].dtype)
-                both = own + grad_outputs[i]
-            w_i, blocked_w_i, sources_i, grad_w_i = edges[i]
-            rows = sources_i.flatten()
-            torch.sum(o.index_select(0, rows).unflatten(0, sources_i.shape) * both[:, None], -1, out=grad_w_i)
-            grad_o.index_add_(0, rows, (w_i[..., None] * both[:, None]).flatten(0, 1))
-            held_back.index_add_(0, rows, (blocked_w_i[..., None] * own[:, None]).flatten(0, 1))
-        return grad_outputs[0] - held_back_outputs[0], grad_w, None, None, None, *grad_W[1:], *grad_b[1:]
+                own, shortcut = grad_z @ W[i].to(f[i].dtype), grad_x_of[i]
+            w_i, w_kept_i, sources_i, grad_w_i = (t.unsqueeze(-1) for t in edges[i])  # (n, K, 1)
+            rows, own, shortcut = sources_i.flatten(), own[:, None], shortcut[:, None]
+            both = own + shortcut
+            torch.sum(o.index_select(0, rows).unflatten(0, w_i.shape[:2]) * both, -1, keepdim=True, out=grad_w_i)
+            grad_f.index_add_(0, rows, (w_kept_i * own + w_i * shortcut).flatten(0, 1))
+            grad_x.index_add_(0, rows, (w_i * both).flatten(0, 1))
+        return grad_f_of[0], grad_w, None, None, None, *grad_W[1:], *grad_b[1:]
 
 
 class BaseModules(nn.Module):
@@ -594,20 +592,20 @@ class BaseModules(nn.Module):
         B, M, K = routes.shape
         routes = routes.long()
         w = routing_weights(table, routes).gather(-1, routes).tril()  # row i has i+1 sources, and then repetitions
-        blocked = ~gradient_kept(table).gather(-1, routes) if self.resrouting else torch.zeros_like(w)
+        resrouting = self.resrouting and torch.is_grad_enabled()
+        kept = gradient_kept(table).gather(-1, routes) if resrouting else torch.ones_like(w)
         if self.skip_unused:
             computed = F.pad(used_modules(routes), (0, 1), value=True).T  # (M + 1, B), the head last
             counts, row = computed.sum(1).tolist(), computed.flatten().cumsum(0).view(M + 1, B) - 1
-            sources = row.T.gather(1, routes.flatten(1)).view(B, M, K)
+            edges = computed[1:].flatten()  # row i of the routing table feeds module i+1
         else:
-            counts, sources = [B] * (M + 1), routes * B + torch.arange(B, device=h.device)[:, None, None]
-        w, blocked, sources = (t.transpose(0, 1).flatten(0, 1) for t in (w, blocked, sources))  # (M * B, K)
-        if self.skip_unused:
-            edges = computed[1:].flatten().nonzero().squeeze(1)  # row i of the routing table feeds module i+1
-            w, blocked, sources = (t.index_select(0, edges) for t in (w, blocked, sources))
+            counts, row = [B] * (M + 1), torch.arange((M + 1) * B, device=h.device).view(M + 1, B)
+            edges = slice(None)
+        sources = row.T.gather(1, routes.flatten(1)).view(B, M, K)
+        w, kept, sources = (t.transpose(0, 1).flatten(0, 1)[edges] for t in (w, kept, sources))  # (E, K)
         o_0 = F.relu(self.module[0](F.relu(h)))
         parameters = [layer.weight for layer in self.module[1:]] + [layer.bias for layer in self.module[1:]]
-        return self.head(RoutedModules.apply(o_0, w, blocked, sources, counts, *parameters))
+        return self.head(RoutedModules.apply(o_0, w, kept, sources, counts, *parameters))
 
 
 # ------------------------------------------------------------------------------------------------ actor and critic
