@@ -5,22 +5,23 @@ One policy for many tasks: a routing network picks, for every state and task, wh
 to wire them, so that easy tasks take few modules and hard tasks many. Paper: He et al., "Not All Tasks Are Equally
 Difficult: Multi-Task Deep Reinforcement Learning with Dynamic Depth Routing", AAAI 2024, arXiv:2312.14472.
 
-    concept                  in symbols                                                       here
-    routing network          z = router(h * e), h = encoder(s), e = encoder(task)             RoutingNetwork
-    base modules             x_i = sum_j w_{i-1,j} o_j,  o_i = relu(W_i x_i + b_i) + x_i      BaseModules
-    Top-K                    the K largest logits of each row                                 top_k
-    Sample-K                 K draws without replacement from softmax(z_i / tau_task)         sample_k
-    routing weights          w_i = softmax(z_i) over the chosen sources only                  routing_weights
-    depth                    modules that the chosen edges connect to the head                used_modules
-    ResRouting               edge (i, j) sends its gradient to all of o_j, or to x_j alone    gradient_kept, BaseModules
-    SAC losses               per task; alpha_task, task weights, extreme-loss mask            "Losses", Agent.update
-    automatic route balance  tau_task = T softmax(-log alpha)_task                            route_temperatures
+    concept                  in symbols                                                   here
+    routing network          z = router(h * e), h = encoder(s), e = encoder(task)         RoutingNetwork
+    base modules             x_i = sum_j w_{i-1,j} o_j,  o_i = relu(W_i x_i + b_i) + x_i  BaseModules, RoutedModules
+    Top-K                    the K largest logits of each row                             top_k
+    Sample-K                 K draws without replacement from softmax(z_i / tau_task)     sample_k
+    routing weights          w_i = softmax(z_i) over the chosen sources only              routing_weights
+    depth                    modules that the chosen edges connect to the head            used_modules
+    ResRouting               edge (i, j) sends its gradient to all of o_j, or x_j alone   gradient_kept, RoutedModules
+    SAC losses               per task; alpha_task, task weights, extreme-loss mask        "Losses", Agent.update
+    automatic route balance  tau_task = T softmax(-log alpha)_task                        route_temperatures
 
 Symbols: T tasks, M modules, H module width, K routing sources, B samples in a batch, n = B / T samples of each task.
 Modules count from 0. Row i of the routing table, i = 0 ... M-1, weighs the outputs of modules 0 ... i that enter
 module i+1; the last row feeds the head. `# NOTE:` marks where the authors' code settles or departs from the paper.
 
     python d2r_sac.py --env-id MT10                          train
+    torchrun --nproc-per-node 4 d2r_sac.py --env-id MT10     train on four GPUs
     python d2r_sac.py --resume results/RUN                   go on after an interruption
     python d2r_sac.py --evaluate results/RUN/actor.pt        evaluate a saved policy
 """
@@ -521,7 +522,7 @@ class RoutedModules(torch.autograd.Function):
     Backward: a gradient that comes to x_i through module i's own layer, or through the head, goes on along each edge to
     all of o_j = f_j + x_j where the edge is kept, to x_j alone elsewhere; through module i's shortcut, to all of o_j.
 
-    The outputs of all modules lie in one tensor o, module after module, with a row for each sample that uses the module.
+    The outputs of all modules lie in one tensor o, module after module, a row for each sample that uses the module.
     """
 
     @staticmethod
@@ -529,8 +530,8 @@ class RoutedModules(torch.autograd.Function):
         """o_0 (B, H) -> (B, H).
 
         counts: M+1 numbers, of the samples in modules 0 ... M-1 and in the head
-        w, kept, sources: (E, K); weight, gradient_kept and row in o of each source, for the samples in modules 1 ... M-1
-            and in the head, one after the other
+        w, kept, sources: (E, K); weight, gradient_kept and row in o of each source, for the samples in modules 1, 2,
+            ... M-1 and in the head
         parameters: W_1 ... W_{M-1}, (H, H), and b_1 ... b_{M-1}, (H,)
         """
         M = len(counts) - 1

@@ -22,12 +22,30 @@ from metaworld.policies import ENV_POLICY_MAP
 
 import d2r_sac as d2r
 
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 torch.set_num_threads(1)
 SCRIPT = Path(d2r.__file__)
 SMALL = (
     "--eval-every 1000000 --num-modules 4 --module-width 16 --encoder-widths 32 32 --router-widths 16 --batch-size 16"
 )
 TWO_TASKS = f"--env-id reach-v3,drawer-close-v3 --learning-starts 40 --buffer-size 2000 --eval-episodes 1 {SMALL}"
+
+
+FORMS = pytest.mark.parametrize("form", ["skipping", "static", "compiled"])
+
+
+def in_form(form, *networks):
+    """skipping: as on a CPU, unused modules left out; static: as on a GPU; compiled: as on a GPU with --compile."""
+    torch._dynamo.reset()
+    for network in networks:
+        network.base_modules.skip_unused = form == "skipping"
+        if form == "compiled":
+            network.routing_network.compile(dynamic=False, fullgraph=True)
+            network.base_modules.compile(dynamic=False, fullgraph=True)
+
+
+def compiled_graphs():
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def random_table(B, M, seed=0, dtype=torch.float64):
@@ -81,9 +99,12 @@ def close_rows(table, reference):
         assert row == pytest.approx(expected, abs=1e-10)
 
 
+@FORMS
 @pytest.mark.parametrize("resrouting", [True, False])
-def test_golden_network(resrouting):
+def test_golden_network(resrouting, form):
     network, parameters = golden_network(resrouting)
+    in_form(form, network)
+    graphs = compiled_graphs()
     obs, task = torch.tensor(GOLDEN["obs"], dtype=torch.float64), torch.tensor(GOLDEN["task"])
     _, table = network.routing_network(obs, task)
     close_rows(table, GOLDEN["routing_logits"])
@@ -104,6 +125,7 @@ def test_golden_network(resrouting):
     kind = "gradient_resrouting" if resrouting else "gradient_without_resrouting"
     for name, parameter in parameters.items():
         close(parameter.grad, GOLDEN["behavior"][kind][name])
+    assert (compiled_graphs() > graphs) == (form == "compiled")
 
 
 def test_golden_temperatures():
@@ -176,15 +198,42 @@ def test_unused_modules_are_not_computed():
     torch.manual_seed(0)
     network = d2r.D2RNetwork(3, 2, 1, args)
     inputs, task = torch.randn(1, 3), torch.zeros(1, dtype=torch.long)
-    expected, routes = network(inputs, task)  # in training mode everything is computed
+    network.base_modules.skip_unused = False
+    expected, routes = network(inputs, task)
+    network.base_modules.skip_unused = True
     used = d2r.used_modules(routes)[0]
     assert 0 < used.sum() < 8
     for i in (~used).nonzero().flatten():
         network.base_modules.module[i].weight.data.fill_(math.nan)
-    output, _ = network.eval()(inputs, task)
+    output, _ = network(inputs, task)
     close(output, expected, 1e-6)
+    output.sum().backward()
+    gradients = [network.base_modules.module[i].weight.grad for i in range(8)]
+    assert all(
+        gradient.isfinite().all() and (gradient == 0).all() == (not used[i]) for i, gradient in enumerate(gradients)
+    )
     network.base_modules.module[used.nonzero()[-1]].weight.data.fill_(math.nan)
     assert network(inputs, task)[0].isnan().all()
+
+
+def test_each_sample_skips_its_own_modules():
+    """Products with a module's weights have as many rows as samples use it."""
+    args = d2r.Args(num_modules=8, module_width=5, encoder_widths=(7, 7), router_widths=(6,))
+    torch.manual_seed(0)
+    network = d2r.D2RNetwork(3, 2, 1, args)
+    inputs, task = torch.randn(40, 3), torch.zeros(40, dtype=torch.long)
+    _, routes = network(inputs, task, temperature=torch.full((1,), 5.0))
+    rows, linear = [], torch.nn.functional.linear
+
+    def counted(x, weight, bias):
+        rows.append(len(x))
+        return linear(x, weight, bias)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "linear", counted)
+        network.base_modules(torch.randn(40, 7), torch.randn(40, 8, 8), routes)
+    assert rows[1:-1] == d2r.used_modules(routes).sum(0)[1:].tolist()  # without module 0 and the head
+    assert 0 < min(rows[1:-1]) < 40
 
 
 # ------------------------------------------------------------------------------------------------------- ResRouting
@@ -222,10 +271,12 @@ def base_modules_backward(weights, biases, head, h, w, kept, grad_output):
     return head @ mixed, grad_W, (weights[0].T @ grad_z) * (h > 0), grad_w
 
 
+@pytest.mark.parametrize("skip_unused", [True, False])
 @pytest.mark.parametrize(("M", "K", "H", "B"), [(1, 1, 3, 2), (5, 2, 4, 3), (9, 3, 6, 4), (6, 6, 5, 3)])
-def test_resrouting_against_a_backward_pass_by_hand(M, K, H, B):
+def test_resrouting_against_a_backward_pass_by_hand(M, K, H, B, skip_unused):
     torch.manual_seed(1)
     base = d2r.BaseModules(7, 2, M, H, resrouting=True).double()
+    base.skip_unused = skip_unused
     for parameter in base.parameters():
         torch.nn.init.normal_(parameter)
     _, table = random_table(B, M)
@@ -317,8 +368,8 @@ def small_agent(seed=0, tasks=("reach-v3", "drawer-close-v3", "door-close-v3"), 
     return agent, batch
 
 
-@pytest.mark.parametrize("max_task_loss", [3e3, None])
-def test_update_gradients_against_separate_losses(max_task_loss):
+@pytest.mark.parametrize(("max_task_loss", "form"), [(3e3, "skipping"), (None, "skipping"), (None, "compiled")])
+def test_update_gradients_against_separate_losses(max_task_loss, form):
     """Each part's gradient is that of its own loss alone: so the critics get none from the actor's loss.
 
     With max_task_loss None, the limit lies such that one task is left out.
@@ -357,8 +408,11 @@ def test_update_gradients_against_separate_losses(max_task_loss):
         expected |= {p: torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients)}
     (expected[agent.log_alpha],) = torch.autograd.grad((counted * alpha_losses).sum() / 3, [agent.log_alpha])
 
+    in_form(form, agent.actor, *agent.critics, *agent.target_critics)
+    graphs = compiled_graphs()
     torch.manual_seed(7)
     losses = agent.update(batch)
+    assert (compiled_graphs() > graphs) == (form == "compiled")
     for parameter, gradient in expected.items():
         close(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad, gradient, 1e-5)
     close(losses["critic_loss"], critic_losses.detach().mean(), 1e-5)
@@ -390,6 +444,206 @@ def test_learning_rates_are_those_asked_for():
     steps = (agent.actor.base_modules.head.weight - before[0]).abs(), (agent.log_alpha - before[1]).abs()
     assert steps[0].max().item() == pytest.approx(1e-3, rel=1e-2)
     assert steps[1].max().item() == pytest.approx(1e-2, rel=1e-2)
+
+
+# ------------------------------------------------------------------------------------------------------------ speed
+
+
+@pytest.mark.parametrize("form", ["skipping", "compiled"])
+def test_compiled_and_eager_losses_agree(form):
+    """Over 20 updates and actions, from the same seed: --compile as it is on a CPU, and with all that a GPU adds."""
+    torch._dynamo.reset()
+    losses, actions = {}, {}
+    for compiled in (False, True):
+        agent, batch = small_agent(compile=compiled, learning_rate=3e-3)
+        if compiled and form == "compiled":
+            in_form(form, agent.actor, *agent.critics, *agent.target_critics)
+        graphs = compiled_graphs()
+        torch.manual_seed(3)
+        losses[compiled] = [list(agent.update(batch).values()) for _ in range(20)]
+        actions[compiled] = [agent.act(batch.obs[:3])[0] for _ in range(20)]
+        assert (compiled_graphs() > graphs) == compiled
+    eager = torch.tensor(losses[False])
+    assert ((torch.tensor(losses[True]) - eager).abs() <= 1e-4 * eager.abs()).all()
+    assert (eager[1:, 0] != eager[:-1, 0]).all()  # they do learn
+    assert np.allclose(actions[True], actions[False], atol=1e-4)
+
+
+def test_bfloat16_is_for_the_networks_alone():
+    """Losses near float32's, and everything that is kept is float32."""
+    losses = {}
+    for precision in ("float32", "bfloat16"):
+        agent, batch = small_agent(precision=precision, sample_k=False)
+        torch.manual_seed(3)
+        output, _ = agent.actor(batch.obs, agent.task.repeat_interleave(8), routes=batch.routes)
+        assert output.dtype == torch.float32
+        losses[precision] = [agent.update(batch)["critic_loss"].item() for _ in range(5)]
+        state = [value for values in agent.optimizer.state.values() for value in values.values()]
+        gradients = [parameter.grad for parameter in agent.parameters]
+        kept = [*agent.parameters, *agent.target_critics.parameters(), agent.task_losses, *state, *gradients]
+        assert {tensor.dtype for tensor in kept} == {torch.float32}
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)
+    assert losses["bfloat16"] != pytest.approx(losses["float32"], rel=1e-6)
+
+
+def test_replay_goes_where_it_fits(monkeypatch):
+    placed, free = [], [0, 0]
+
+    class Replay(d2r.ReplayBuffer):
+        def __init__(self, *shape, device):
+            placed.append(torch.device(device).type)
+            super().__init__(*shape, device="meta")
+
+    monkeypatch.setattr(d2r, "ReplayBuffer", Replay)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: tuple(free))
+    args, _, _ = d2r.parse_arguments(["--env-id", "MT10"])
+    for device, buffer_device, gigabytes, expected in (
+        ("cpu", "auto", 80, "cpu"),
+        ("cuda", "auto", 80, "cuda"),
+        ("cuda", "auto", 0.4, "cpu"),  # the replay takes 0.365 GB
+        ("cuda", "cuda", 0.4, "cuda"),
+        ("cuda", "cpu", 80, "cpu"),
+    ):
+        args.buffer_device, free[0] = buffer_device, gigabytes * 1e9
+        d2r.make_replay(args, 10, 39, 4, torch.device(device))
+        assert placed[-1] == expected
+
+
+def test_a_loss_that_nobody_waited_for_reaches_no_checkpoint(tmp_path):
+    """On a GPU the losses are looked at now and then: before a checkpoint in any case."""
+    agent, batch = small_agent()
+    agent.task_losses = torch.tensor([0.0, math.nan, 1.0])
+    with pytest.raises(d2r.RunError, match="the loss of drawer-close-v3 is nan"):
+        d2r.save_run(tmp_path, agent.args, agent, d2r.ReplayBuffer(2, 3, 39, 4, 4, 2), d2r.Progress())
+    assert not list(tmp_path.iterdir())
+    batch.obs[1] = math.nan
+    with pytest.raises(d2r.RunError, match="the loss of drawer-close-v3 is nan"):
+        agent.act(batch.obs[:3])
+
+
+# ------------------------------------------------------------------------------------------------------------ ranks
+
+RANK = """
+import sys
+import torch
+import d2r_sac as d2r
+
+directory, differ, *arguments = sys.argv[1:]
+rank, _ = d2r.world()
+average_gradients, save_run, gradients = d2r.average_gradients, d2r.save_run, []
+
+
+def spied_average(parameters):
+    gradients.append([parameter.grad.clone() for parameter in parameters])
+    average_gradients(parameters)
+    gradients.append([parameter.grad.clone() for parameter in parameters])
+
+
+def spied_save(run_dir, args, agent, replay, progress):
+    if differ == "differ":
+        agent.log_alpha.data[0] -= 1e-6 * rank
+    save_run(run_dir, args, agent, replay, progress)
+    weights = [*agent.parameters, *agent.target_critics.parameters()]
+    saved = {"weights": weights, "gradients": gradients[:2], "obs": replay.storage.obs[: replay.size].clone()}
+    torch.save({**saved, "capacity": replay.capacity, "step": progress.global_step}, f"{directory}/rank{rank}.pt")
+
+
+d2r.average_gradients, d2r.save_run = spied_average, spied_save
+sys.exit(d2r.main(arguments))
+"""
+
+
+def torchrun(tmp_path, arguments, differ=False, ranks=2):
+    (tmp_path / "rank.py").write_text(RANK)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    script = [tmp_path / "rank.py", tmp_path, "differ" if differ else "same", *arguments.split(), "--device", "cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([*map(str, launch + script)], env=environment, **pipes)
+
+
+def test_two_ranks_learn_the_same_from_what_each_of_them_sees(tmp_path):
+    options = f"--results-dir {tmp_path} --run-name run --no-tensorboard"
+    process = torchrun(tmp_path, f"{TWO_TASKS} --total-steps 240 --log-every 40 {options}")
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, out
+    one, two = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one["weights"], two["weights"], strict=True))
+    assert one["step"] == two["step"] == 240 and one["capacity"] == 2000 // 4
+    assert one["obs"].shape == (60, 2, 39)
+    assert not (one["obs"] == two["obs"]).all(-1).any()  # other goals, and other actions
+    for mine, others, mean in zip(one["gradients"][0], two["gradients"][0], one["gradients"][1], strict=True):
+        close(mean, (mine + others) / 2, 1e-6)
+    assert not torch.equal(one["gradients"][0][0], two["gradients"][0][0])
+
+    rows = progress(tmp_path / "run")
+    assert [int(row["global_step"]) for row in rows] == list(range(40, 241, 40))
+    assert int(rows[-1]["updates"]) == (240 - 40) // 4 and rows[-1]["success"]
+    checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    obs = checkpoint["replay"]["storage"][0]
+    assert torch.equal(obs[0::2], one["obs"]) and torch.equal(obs[1::2], two["obs"])
+    assert d2r.main(["--resume", str(tmp_path / "run"), "--total-steps", "300"]) == 0  # alone, with what both have seen
+    resumed = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert torch.equal(resumed["replay"]["storage"][0][:120], obs) and resumed["progress"]["global_step"] == 300
+
+
+def test_ranks_that_differ_end_the_run(tmp_path):
+    options = f"--total-steps 60 --results-dir {tmp_path} --run-name run --no-tensorboard"
+    process = torchrun(tmp_path, f"{TWO_TASKS} {options}", differ=True)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode != 0 and "error: step 60: the ranks' weights differ" in out
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_the_death_of_a_rank_ends_the_others(tmp_path):
+    options = f"--total-steps 1000000 --log-every 100 --results-dir {tmp_path} --run-name run --no-tensorboard"
+    process = torchrun(tmp_path, f"{TWO_TASKS} {options}")
+    csv_path = tmp_path / "run" / "progress.csv"
+    wait_for(lambda: csv_path.exists() and len(progress(tmp_path / "run")) > 1, process)
+    ranks = {Path(f"/proc/{pid}/environ").read_text().split("\0RANK=")[1][0]: pid for pid in children(process.pid)}
+    workers = [worker for rank in ranks.values() for worker in children(rank)]
+    os.kill(int(ranks["1"]), signal.SIGKILL)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode != 0 and "another rank has ended or cannot be reached" in out
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() and "Z" not in state_of(pid) for pid in (*ranks.values(), *workers)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("steps", [3, 8])
+def test_replay_is_shared_out_among_other_numbers_of_ranks(monkeypatch, steps):
+    """Two ranks of capacity 5 save; one and five ranks load, and the newest steps are kept."""
+
+    def replay_of(rank, ranks, capacity):
+        monkeypatch.setattr(d2r, "world", lambda: (rank, ranks))
+        return d2r.ReplayBuffer(capacity, 1, 1, 1, 2, 1)
+
+    rings = {0: [], 1: []}
+
+    def gather(ring, rank):
+        rings[rank].append(ring)
+        return [ring, rings[1][len(rings[0]) - 1]] if rank == 0 else []
+
+    for rank in (1, 0):
+        replay = replay_of(rank, 2, 5)
+        for step in range(steps):
+            tag = np.array([10.0 * step + rank])
+            replay.add(d2r.Transition(tag, tag, tag, tag, tag > 0, np.zeros((1, 2, 1))))
+        monkeypatch.setattr(d2r, "gather", lambda ring, rank=rank: gather(ring, rank))
+        state = replay.state_dict()
+    kept = range(max(0, steps - 5), steps)
+    alone = replay_of(0, 1, 10)
+    alone.load_state_dict(state)
+    assert alone.storage.reward[: alone.size, 0].tolist() == [10.0 * step + rank for step in kept for rank in (0, 1)]
+    assert (alone.size, alone.position) == (2 * len(kept), 2 * len(kept) % 10)
+    of_five = []
+    for rank in range(5):
+        replay = replay_of(rank, 5, 2)
+        replay.load_state_dict(state)
+        assert replay.size == 2 * len(kept) // 5
+        of_five += replay.storage.reward[: replay.size, 0].tolist()
+    assert sorted(of_five) == alone.storage.reward[: alone.size, 0].tolist()[-len(of_five) :]
 
 
 # ----------------------------------------------------------------------------------------------------------- replay
@@ -836,6 +1090,8 @@ def test_a_run_goes_on_without_tensorboard(tmp_path, monkeypatch, capsys):
         ("--learning-starts 3", "write at least 10"),
         ("--seed -1", "--seed is -1"),
         ("--device cuda", "--device is cuda, and PyTorch finds none here"),
+        ("--buffer-device cuda", "--buffer-device is cuda, and the networks are on the CPU"),
+        ("--compile", "--compile needs a C++ compiler"),
         (f"--results-dir {SCRIPT}", "cannot be written"),
         ("--resume no/such/run", "there is no file no/such/run/checkpoint.pt"),
         ("--evaluate no/such/actor.pt", "there is no file no/such/actor.pt"),
@@ -846,9 +1102,19 @@ def test_a_run_goes_on_without_tensorboard(tmp_path, monkeypatch, capsys):
 def test_bad_input_is_named_before_anything_is_built(monkeypatch, capsys, arguments, message):
     monkeypatch.setattr(d2r, "worker_envs", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(d2r.shutil, "which", lambda program: None)
     assert d2r.main(arguments.split()) == 2
     error = capsys.readouterr().err
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_what_ranks_cannot_do_is_named(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(d2r, "worker_envs", None)
+    assert run(tmp_path, f"{TWO_TASKS} --total-steps 4 --batch-size 18 --evaluate no/such") == 2
+    assert "there is no file" in capsys.readouterr().err
+    monkeypatch.setattr(d2r, "world", lambda: (0, 4))
+    assert run(tmp_path, f"{TWO_TASKS} --batch-size 18") == 2
+    assert "--batch-size 18 does not divide into 2 tasks on 4 ranks; write a multiple of 8" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------------------------- golden values

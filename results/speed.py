@@ -42,7 +42,7 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def matrix_products(args, T: int, obs_dim: int, action_dim: int, device):
-    """The matrix products of one update, all modules for all samples, as a function, and their floating-point operations.
+    """The matrix products of one update, all modules for all samples: a function, and its floating-point operations.
 
     Forward: the actor, the target critics, the critics; the actor, the critics again. Backward: gradients of weights
     and inputs in the critics' regression and in the actor, of inputs alone in the critics inside the actor's loss.
