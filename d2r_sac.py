@@ -311,7 +311,8 @@ def collective(function, *arguments) -> None:
     try:
         function(*arguments)
     except RuntimeError as error:
-        raise RunError("another rank has ended or cannot be reached") from error
+        reason = str(error).split("\n")[0]
+        raise RunError(f"another rank has ended or cannot be reached ({reason})") from error
 
 
 def all_reduce(tensor: Tensor, op: dist.ReduceOp) -> Tensor:
@@ -930,7 +931,7 @@ class Progress:
     updates: int = 0
     evaluated_at: int = 0  # global_step of the last evaluation
     seconds: float = 0.0  # over all resumptions
-    update_seconds: float = 0.0  # of these, in updates
+    update_seconds: float = 0.0  # of these, in updates; on a GPU, in asking for them
 
 
 def save(contents: dict, path: Path) -> None:
@@ -1160,8 +1161,8 @@ def train(args: Args, tasks: list[str], checkpoint: dict | None, device: torch.d
                 evaluation_due = progress.evaluated_at < evaluation_at <= progress.global_step
                 if log and (evaluation_due or log.row_due(progress, args.log_every)):
                     agent.check_losses()
-                    losses = {name: loss.item() for name, loss in losses.items()}
-                    row = log.speeds(progress) | losses | agent.log_values()
+                    row = log.speeds(progress) | agent.log_values()
+                    row |= {name: loss.item() for name, loss in losses.items()}
                     try:
                         if evaluation_due:
                             row |= (results := evaluate(agent.actor, envs, tasks, args.eval_episodes, stop))
@@ -1173,6 +1174,7 @@ def train(args: Args, tasks: list[str], checkpoint: dict | None, device: torch.d
                         log.start_window(progress)
                     except Interrupted:
                         pass  # a resumed run begins with this evaluation
+                # All ranks stop, and save, in the same step.
                 checkpoint_due = time.monotonic() - checkpointed_at > 60 * args.checkpoint_minutes
                 agreed = all_reduce(torch.tensor([stop.is_set(), checkpoint_due], dtype=torch.int), dist.ReduceOp.MAX)
                 stopped, checkpoint_due = agreed.tolist()

@@ -90,7 +90,7 @@ def make_agent(env_id, batch_size, device, all_modules=False, **changes):
 
 
 def modules_used(agent, batch) -> float:
-    """The mean over the networks and their passes in one update."""
+    """The mean over the networks and their passes in one update, on a CPU."""
     counts, used_modules = [], d2r.used_modules
 
     def counted(routes):
@@ -98,27 +98,19 @@ def modules_used(agent, batch) -> float:
         return used_modules(routes)
 
     d2r.used_modules = counted
-    for network in (agent.actor, *agent.critics, *agent.target_critics):
-        network.base_modules.skip_unused = True
     agent.update(batch)
     d2r.used_modules = used_modules
-    for network in (agent.actor, *agent.critics, *agent.target_critics):
-        network.base_modules.skip_unused = agent.task.device.type == "cpu"
     return statistics.mean(counts)
 
 
 def updates_and_acting(env_id, batch_size, device, rows) -> float:
     """Time the floor, the updates and acting, in turns. Returns the median of the default update, in seconds."""
-    agents = {
-        "eager": make_agent(env_id, batch_size, device),
-        "eager, every module used": make_agent(env_id, batch_size, device, all_modules=True),
-        "`--compile`": make_agent(env_id, batch_size, device, compile=True),
-        "`--precision bfloat16`": make_agent(env_id, batch_size, device, precision="bfloat16"),
-    }
+    variants = {"eager": {}, "`--compile`": {"compile": True}, "`--precision bfloat16`": {"precision": "bfloat16"}}
     if device.type == "cuda":
-        changes = {"compile": True, "precision": "bfloat16"}
-        agents["`--compile --precision bfloat16`"] = make_agent(env_id, batch_size, device, **changes)
-    used = {name: modules_used(*make_agent(env_id, batch_size, device, "every" in name)) for name in agents}
+        variants["`--compile --precision bfloat16`"] = {"compile": True, "precision": "bfloat16"}
+    else:  # on a GPU every module is computed in any case
+        variants["eager, every module used"] = {"all_modules": True}
+    agents = {name: make_agent(env_id, batch_size, device, **changes) for name, changes in variants.items()}
     T = len(agents["eager"][0].tasks)
     multiply, operations = matrix_products(agents["eager"][0].args, T, 39, 4, device)
     obs = np.random.default_rng(0).normal(size=(T, 39))
@@ -140,7 +132,8 @@ def updates_and_acting(env_id, batch_size, device, rows) -> float:
             title = f"matrix products alone: {operations / 1e9:.1f} GFLOP at {operations / median / 1e9:,.0f} GFLOP/s"
             rows.append((title, ms, "1"))
         elif name in agents:
-            rows.append((f"update, {name}: {used[name]:.1f} modules used", ms, f"{median / floor:.2f}"))
+            used = f": {modules_used(*agents[name]):.1f} modules used" if device.type == "cpu" else ""
+            rows.append((f"update, {name}{used}", ms, f"{median / floor:.2f}"))
         else:
             rows.append((f"{name}: {T} tasks, after an update", ms, ""))
     return statistics.median(times["eager"])
@@ -158,7 +151,7 @@ def environments(env_id) -> float:
 
 
 def child(mode: str, *arguments: str, environment=()) -> dict:
-    """Run this file as another process. Returns what it prints, and its peak memory."""
+    """Run one of the functions below in a process of its own. Returns what it prints."""
     command = [sys.executable, __file__, mode, *arguments]
     variables = {**os.environ, "STARTED_AT": str(time.time()), **dict(environment)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables) as process:
@@ -199,11 +192,9 @@ def loop(env_id, batch_size, device, *options) -> None:
     T = len(d2r.task_names(env_id))
     steps = T * (6000 if device == "cuda" else 192_000 // int(batch_size))
     with tempfile.TemporaryDirectory() as results_dir:
-        arguments = f"--env-id {env_id} --batch-size {batch_size} --device {device} --learning-starts {T} --total-steps"
-        arguments += (
-            f" {steps} --log-every {steps // 6} --eval-every {100 * steps} --eval-episodes 1 --episode-length 20"
-        )
-        arguments += f" --no-tensorboard --results-dir {results_dir} --run-name run"
+        arguments = f"--env-id {env_id} --batch-size {batch_size} --device {device} --learning-starts {T} "
+        arguments += f"--total-steps {steps} --log-every {steps // 6} --eval-every {100 * steps} --eval-episodes 1 "
+        arguments += f"--episode-length 20 --no-tensorboard --results-dir {results_dir} --run-name run"
         if d2r.main([*arguments.split(), *options]):
             sys.exit(1)
         with open(Path(results_dir, "run", "progress.csv"), newline="") as file:
@@ -227,16 +218,22 @@ def measure(env_id, batch_size, device) -> None:
     step = environments(env_id)
     T = len(d2r.task_names(env_id))
     rows.append((f"environments alone, {T} workers", f"{T / step:,.0f} steps/s, {1e3 * step:.1f} ms", ""))
-    run = child("loop", env_id, str(batch_size), device.type)
-    median, low, high = quartiles(run["steps_per_second"])
-    speed = f"{median:,.1f} steps/s ({low:,.1f} to {high:,.1f}), {1e3 * T / median:.4g} ms"
-    rows.append(("whole loop: one step of each task, one update", speed, ""))
-    beyond = 100 * (T / median / max(update, step) - 1)
-    rows.append(("the loop beyond the longer of update and environments alone", f"{beyond:+.0f} %", ""))
-    if device.type == "cpu":
-        update = statistics.median(run["update_ms"]) / 1e3
-        beyond = 100 * (T / median / max(update, step) - 1)
-        rows.append((f"the loop beyond its own updates, {1e3 * update:.4g} ms", f"{beyond:+.0f} %", ""))
+    for options in ([], ["--compile"]) if device.type == "cuda" else ([],):
+        run = child("loop", env_id, str(batch_size), device.type, *options)
+        median, low, high = quartiles(run["steps_per_second"])
+        loop_title = " ".join(["the whole loop", *(f"`{option}`" for option in options)])
+        speed = f"{median:,.1f} steps/s ({low:,.1f} to {high:,.1f}), {1e3 * T / median:.4g} ms"
+        rows.append((f"{loop_title}: a step of each task, and an update", speed, ""))
+        if device.type == "cpu":
+            for title, seconds_of_update in (
+                ("update and environments alone", update),
+                (
+                    f"its own updates, {statistics.median(run['update_ms']):.4g} ms",
+                    statistics.median(run["update_ms"]) / 1e3,
+                ),
+            ):
+                beyond = 100 * (T / median / max(seconds_of_update, step) - 1)
+                rows.append((f"{loop_title} beyond the longer of {title}", f"{beyond:+.0f} %", ""))
     rows.append(("from the start of a run to its first step", f"{run['start']:.1f} s", ""))
     rows.append(("peak memory of the learner, replay full", f"{run['peak']:.2f} GB", ""))
     if device.type == "cuda":
