@@ -759,7 +759,7 @@ class Agent:
         self.task_losses = torch.zeros(T, device=device)  # of the last update
 
         for network in (self.actor, *self.critics, *self.target_critics):
-            network.base_modules.skip_unused = device.type == "cpu"
+            network.base_modules.skip_unused = self.task.is_cpu
             if args.compile:
                 network.routing_network.compile(dynamic=False)
                 if not network.base_modules.skip_unused:
@@ -824,7 +824,7 @@ class Agent:
 
         losses = critic_losses + actor_losses + alpha_losses
         self.task_losses = losses.detach()
-        if not self.task.is_cuda:
+        if self.task.is_cpu:
             self.check_losses()
         self.optimizer.zero_grad()
         masked_mean(losses, args.max_task_loss).backward()

@@ -353,17 +353,19 @@ def test_action_distribution():
     assert 0.2 < (wide.abs() < 0.99).double().mean() < 0.4
 
 
-def small_agent(seed=0, tasks=("reach-v3", "drawer-close-v3", "door-close-v3"), **changes):
+def small_agent(seed=0, tasks=("reach-v3", "drawer-close-v3", "door-close-v3"), device="cpu", **changes):
     arguments = ["--env-id", ",".join(tasks), *SMALL.split()[:-2], "--batch-size", str(8 * len(tasks))]
     args, tasks, _ = d2r.parse_arguments(arguments)
     for name, value in changes.items():
         setattr(args, name, value)
     torch.manual_seed(seed)
-    agent = d2r.Agent(args, tasks, 39, 4, torch.device("cpu"))
-    agent.log_alpha.data = torch.tensor([0.0, -0.7, -2.0])
+    agent = d2r.Agent(args, tasks, 39, 4, torch.device(device))
+    agent.log_alpha.data = torch.tensor([0.0, -0.7, -2.0], device=device)
     B = args.batch_size
     obs, next_obs, action = torch.randn(B, 39), torch.randn(B, 39), torch.rand(B, 4) * 2 - 1
-    _, routes = agent.actor(obs, agent.task.repeat_interleave(8), temperature=torch.full((3,), 5.0))
+    routes = d2r.sample_k(
+        torch.randn(B, 4, 4).tril().masked_fill(torch.ones(4, 4).triu(1) > 0, -math.inf), 2, torch.ones(B)
+    )
     batch = d2r.Transition(obs, action, 10 * torch.rand(B), next_obs, torch.rand(B) < 0.3, routes.to(torch.uint8))
     return agent, batch
 
@@ -484,6 +486,60 @@ def test_bfloat16_is_for_the_networks_alone():
         assert {tensor.dtype for tensor in kept} == {torch.float32}
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)
     assert losses["bfloat16"] != pytest.approx(losses["float32"], rel=1e-6)
+
+
+def test_on_a_gpu_nothing_waits_for_the_host(monkeypatch):
+    """Acting, sampling and the update on the meta device: tensors without values, that mix with none on the host."""
+    monkeypatch.setattr(torch, "autocast", lambda *arguments, **options: contextlib.nullcontext())
+    adam = torch.optim.Adam
+    monkeypatch.setattr(torch.optim, "Adam", lambda groups, fused: adam(groups))
+    agent, batch = small_agent(device="meta")
+    action, routes = agent.policy(batch.obs[:3].to("meta"))
+    assert action.is_meta and routes.is_meta
+    replay = d2r.ReplayBuffer(10, 3, 39, 4, 4, 2, device="meta")
+    replay.size = 10
+    losses = agent.update(replay.sample(8, torch.device("meta")))
+    assert len(losses) == 3 and all(loss.is_meta for loss in losses.values())
+    with pytest.raises(RuntimeError, match="meta"):
+        agent.act(batch.obs[:3].numpy())  # the action goes to the host, to the environments
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        agent.check_losses()
+
+
+def test_cuda_graph_copies_its_inputs_and_replays(monkeypatch):
+    """With a stand-in for CUDA, whose graph repeats the captured call and overwrites its results."""
+    log = []
+
+    class Graph:
+        def replay(self):
+            log.append("replay")
+            for output, value in zip(wrapped.outputs, double(wrapped.inputs)):
+                output.copy_(value)
+
+    class Stream:
+        def wait_stream(self, other):
+            log.append("wait")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext(log.append("capture")))
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+
+    def double(batch):
+        tensors = (batch,) if isinstance(batch, torch.Tensor) else batch
+        return [2 * tensor for tensor in tensors]
+
+    for make in (lambda x: torch.full((2,), x), lambda x: d2r.Transition(*(torch.full((i,), x + i) for i in range(6)))):
+        log.clear()
+        wrapped = d2r.CUDAGraph(double)
+        outputs = []
+        for call in range(6):
+            given = make(float(call))
+            outputs.append(wrapped(given))
+            assert all(torch.equal(a, b) for a, b in zip(outputs[-1], double(given), strict=True))
+        assert outputs[3] is outputs[4] is outputs[5] and outputs[2] is not outputs[3]
+        assert log == ["wait", "wait"] * 3 + ["capture", "replay", "replay", "replay"]
 
 
 def test_replay_goes_where_it_fits(monkeypatch):
