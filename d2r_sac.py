@@ -69,7 +69,7 @@ from torch import Tensor, nn
 class Args:
     """Dynamic Depth Routing (D2R) with multi-task SAC on Meta-World.
 
-    The defaults are the paper's. Steps are environment steps, summed over tasks.
+    The defaults are the paper's. Steps are environment steps, summed over tasks and ranks.
     """
 
     # Benchmark
@@ -84,7 +84,7 @@ class Args:
     total_steps: int | None = None
     """environment steps of the run (15M for MT10, 50M for MT50, 1.5M per task otherwise)"""
     buffer_size: int | None = None
-    """transitions of replay, over all tasks (1M for MT10, 10M for MT50, 100,000 per task otherwise)"""
+    """transitions of replay, over all tasks and ranks (1M for MT10, 10M for MT50, 100,000 per task otherwise)"""
     batch_size: int | None = None
     """samples of an update, over all tasks and ranks, the same number of each (128 per task)"""
     learning_starts: int | None = None

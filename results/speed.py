@@ -7,6 +7,7 @@ What is compared takes turns of six calls, the first of which does not count. Le
 import argparse
 import csv
 import json
+import multiprocessing
 import os
 import platform
 import statistics
@@ -168,9 +169,15 @@ def first_update(env_id, batch_size, device) -> None:
     print(json.dumps(seconds(lambda: (agent.act(obs), agent.update(batch), agent.update(batch)), agent.task.device)))
 
 
+def memory(pid, file: str, name: str) -> float:
+    """A line of a process's accounts, in GB."""
+    lines = Path(f"/proc/{pid}/{file}").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(name)).split()[1]) / 1e6
+
+
 def loop(env_id, batch_size, device, *options) -> None:
     """Child: train a while with a replay that is full from the start, and print what progress.csv says."""
-    make_replay, act, filling, first_act = d2r.make_replay, d2r.Agent.act, [], []
+    make_replay, act, filling, acted_at, workers = d2r.make_replay, d2r.Agent.act, [], [], []
 
     def full_replay(*arguments):
         start, replay = time.time(), make_replay(*arguments)
@@ -185,7 +192,12 @@ def loop(env_id, batch_size, device, *options) -> None:
         return replay
 
     def timed_act(agent, obs):
-        first_act.append(time.time() - float(os.environ["STARTED_AT"]) - filling[0])
+        acted_at.append(time.time() - float(os.environ["STARTED_AT"]) - filling[0])
+        if len(acted_at) == 20:
+            children = multiprocessing.active_children()
+            workers.append(
+                sum(memory(process.pid, "smaps_rollup", "Pss:") for process in children)
+            )  # shared pages once
         return act(agent, obs)
 
     d2r.make_replay, d2r.Agent.act = full_replay, timed_act
@@ -199,10 +211,19 @@ def loop(env_id, batch_size, device, *options) -> None:
             sys.exit(1)
         with open(Path(results_dir, "run", "progress.csv"), newline="") as file:
             rows = list(csv.DictReader(file))[1:]  # the first one warms up
-    peak = int(next(line for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line).split()[1])
     values = {name: [float(row[name]) for row in rows] for name in ("steps_per_second", "update_ms")}
     gpu = torch.cuda.max_memory_allocated() if device == "cuda" else 0
-    print(json.dumps({**values, "peak": peak / 1e6, "gpu": gpu / 1e9, "start": first_act[0], "T": T}))
+    print(
+        json.dumps(
+            {
+                **values,
+                "peak": memory("self", "status", "VmHWM:"),
+                "workers": workers[0],
+                "gpu": gpu / 1e9,
+                "start": acted_at[0],
+            }
+        )
+    )
 
 
 def measure(env_id, batch_size, device) -> None:
@@ -225,17 +246,13 @@ def measure(env_id, batch_size, device) -> None:
         speed = f"{median:,.1f} steps/s ({low:,.1f} to {high:,.1f}), {1e3 * T / median:.4g} ms"
         rows.append((f"{loop_title}: a step of each task, and an update", speed, ""))
         if device.type == "cpu":
-            for title, seconds_of_update in (
-                ("update and environments alone", update),
-                (
-                    f"its own updates, {statistics.median(run['update_ms']):.4g} ms",
-                    statistics.median(run["update_ms"]) / 1e3,
-                ),
-            ):
-                beyond = 100 * (T / median / max(seconds_of_update, step) - 1)
-                rows.append((f"{loop_title} beyond the longer of {title}", f"{beyond:+.0f} %", ""))
+            its_update = statistics.median(run["update_ms"]) / 1e3
+            for title, longer in (("an update alone", update), (f"its updates, {1e3 * its_update:.4g} ms", its_update)):
+                beyond = 100 * (T / median / max(longer, step) - 1)
+                rows.append((f"the loop beyond the longer of the environments and {title}", f"{beyond:+.0f} %", ""))
     rows.append(("from the start of a run to its first step", f"{run['start']:.1f} s", ""))
     rows.append(("peak memory of the learner, replay full", f"{run['peak']:.2f} GB", ""))
+    rows.append((f"memory of the {T} workers together", f"{run['workers']:.2f} GB", ""))
     if device.type == "cuda":
         rows.append(("peak memory on the GPU", f"{run['gpu']:.2f} GB", ""))
     print(f"\n## {env_id}, batch {batch_size:,}\n\n| | median (quartiles) | of the floor |\n|---|---|---|")
