@@ -527,12 +527,12 @@ class RoutedModules(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, o_0, w, kept, sources, counts, *parameters):
+    def forward(ctx, o_0, w, w_kept, sources, counts, *parameters):
         """o_0 (B, H) -> (B, H).
 
         counts: M+1 numbers, of the samples in modules 0 ... M-1 and in the head
-        w, kept, sources: (E, K); weight, gradient_kept and row in o of each source, for the samples in modules 1, 2,
-            ... M-1 and in the head
+        w, w_kept, sources: (E, K); weight, weight or 0 where the edge is not kept, and row in o of each source, for the
+            samples in modules 1, 2, ... M-1 and in the head
         parameters: W_1 ... W_{M-1}, (H, H), and b_1 ... b_{M-1}, (H,)
         """
         M = len(counts) - 1
@@ -547,7 +547,7 @@ class RoutedModules(torch.autograd.Function):
                 f.append(F.linear(x[i], W[i], b[i]).relu_())
                 torch.add(f[i], x[i], out=outputs[i])
         ctx.counts = counts
-        ctx.save_for_backward(w, w * kept, sources, o, *W[1:], *x[1:M], *f[1:])
+        ctx.save_for_backward(w, w_kept, sources, o, *W[1:], *x[1:M], *f[1:])
         return x[M]
 
     @staticmethod
@@ -594,20 +594,19 @@ class BaseModules(nn.Module):
         B, M, K = routes.shape
         routes = routes.long()
         w = routing_weights(table, routes).gather(-1, routes).tril()  # row i has i+1 sources, and then repetitions
-        resrouting = self.resrouting and torch.is_grad_enabled()
-        kept = gradient_kept(table).gather(-1, routes) if resrouting else torch.ones_like(w)
+        w_kept = w.detach() * gradient_kept(table).gather(-1, routes) if self.resrouting else w.detach()
         if self.skip_unused:
             computed = F.pad(used_modules(routes), (0, 1), value=True).T  # (M + 1, B), the head last
             counts, row = computed.sum(1).tolist(), computed.flatten().cumsum(0).view(M + 1, B) - 1
-            edges = computed[1:].flatten()  # row i of the routing table feeds module i+1
+            edges = computed[1:].flatten().nonzero().squeeze(1)  # row i of the routing table feeds module i+1
         else:
             counts, row = [B] * (M + 1), torch.arange((M + 1) * B, device=h.device).view(M + 1, B)
             edges = slice(None)
         sources = row.T.gather(1, routes.flatten(1)).view(B, M, K)
-        w, kept, sources = (t.transpose(0, 1).flatten(0, 1)[edges] for t in (w, kept, sources))  # (E, K)
+        w, w_kept, sources = (t.transpose(0, 1).flatten(0, 1)[edges] for t in (w, w_kept, sources))  # (E, K)
         o_0 = F.relu(self.module[0](F.relu(h)))
         parameters = [layer.weight for layer in self.module[1:]] + [layer.bias for layer in self.module[1:]]
-        return self.head(RoutedModules.apply(o_0, w, kept, sources, counts, *parameters))
+        return self.head(RoutedModules.apply(o_0, w, w_kept, sources, counts, *parameters))
 
 
 # ------------------------------------------------------------------------------------------------ actor and critic
