@@ -595,6 +595,7 @@ class BaseModules(nn.Module):
         routes = routes.long()
         w = routing_weights(table, routes).gather(-1, routes).tril()  # row i has i+1 sources, and then repetitions
         w_kept = w.detach() * gradient_kept(table).gather(-1, routes) if self.resrouting else w.detach()
+        # Which modules are computed for which samples, and the row of RoutedModules' o that holds the output.
         if self.skip_unused:
             computed = F.pad(used_modules(routes), (0, 1), value=True).T  # (M + 1, B), the head last
             counts, row = computed.sum(1).tolist(), computed.flatten().cumsum(0).view(M + 1, B) - 1
