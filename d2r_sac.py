@@ -341,9 +341,11 @@ def average_gradients(parameters: list[Tensor]) -> None:
         torch._foreach_copy_(gradients, [mean.view_as(gradient) for mean, gradient in zip(means, gradients)])
 
 
-def check_equal(parameters: list[Tensor]) -> None:
-    """Raises RunError unless the parameters are the same, to the bit, on all ranks."""
+def check_weights(parameters: list[Tensor]) -> None:
+    """Raises RunError unless the parameters are finite, and the same to the bit on all ranks."""
     weights = torch.cat([parameter.detach().flatten() for parameter in parameters])
+    if not weights.isfinite().all():
+        raise RunError("the weights are not finite")
     least, greatest = (all_reduce(weights.clone(), op) for op in (dist.ReduceOp.MIN, dist.ReduceOp.MAX))
     if not torch.equal(least, greatest):
         raise RunError("the ranks' weights differ")
@@ -954,7 +956,7 @@ def save_run(run_dir: Path, args: Args, agent: Agent, replay: ReplayBuffer, prog
     All ranks call it; rank 0 writes. Raises RunError.
     """
     agent.check_losses()
-    check_equal([*agent.parameters, *agent.target_critics.parameters()])
+    check_weights([*agent.parameters, *agent.target_critics.parameters()])
     checkpoint = {
         "args": asdict(args),
         "agent": agent.state_dict(),

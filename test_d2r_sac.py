@@ -571,8 +571,12 @@ def test_a_loss_that_nobody_waited_for_reaches_no_checkpoint(tmp_path):
     agent.task_losses = torch.tensor([0.0, math.nan, 1.0])
     with pytest.raises(d2r.RunError, match="the loss of drawer-close-v3 is nan"):
         d2r.save_run(tmp_path, agent.args, agent, d2r.ReplayBuffer(2, 3, 39, 4, 4, 2), d2r.Progress())
+    agent.target_critics[1].base_modules.module[2].bias.data[3] = math.nan
+    agent.task_losses.zero_()
+    with pytest.raises(d2r.RunError, match="the weights are not finite"):
+        d2r.save_run(tmp_path, agent.args, agent, d2r.ReplayBuffer(2, 3, 39, 4, 4, 2), d2r.Progress())
     assert not list(tmp_path.iterdir())
-    batch.obs[1] = math.nan
+    agent.task_losses[1] = batch.obs[1] = math.nan
     with pytest.raises(d2r.RunError, match="the loss of drawer-close-v3 is nan"):
         agent.act(batch.obs[:3])
 
