@@ -113,7 +113,7 @@ class Args:
     seed: int = 1
     """of the networks, the sampling and the goals"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where the networks are, and the replay if it fits; auto: cuda where there is one"""
+    """where the networks and the replay are; auto: cuda where there is one"""
     compile: bool = False
     """torch.compile for the networks; on CUDA acting and the whole update also become CUDA graphs"""
     torch_deterministic: bool = False
@@ -472,14 +472,12 @@ class Agent(nn.Module):
 class ReplayBuffer:
     """A ring per task, in preallocated tensors (capacity, T, ...). The tasks step together, so the rings turn together.
 
-    capacity: transitions of each task. device: where batches go; the rings are there too where they fit.
+    capacity: transitions of each task. On a CPU memory is taken only as they fill.
     """
 
     def __init__(self, capacity, T, obs_dim, action_dim, M, K, device):
-        self.capacity, self.T, self.device, self.size, self.position = capacity, T, device, 0, 0
-        needed = capacity * T * (4 * (2 * obs_dim + action_dim + 1) + 1 + M * K)  # bytes
-        fits = device.type != "cuda" or needed < 0.8 * torch.cuda.mem_get_info(device)[0]
-        ring = partial(torch.empty, capacity, T, device=device if fits else "cpu")
+        self.capacity, self.T, self.size, self.position = capacity, T, 0, 0
+        ring = partial(torch.empty, capacity, T, device=device)
         self.rings = [
             ring(obs_dim),  # observation
             ring(action_dim),  # action, in [-1, 1]
@@ -500,7 +498,7 @@ class ReplayBuffer:
         """n transitions of each task, uniformly with replacement: (T * n, ...) of each ring, task by task."""
         task = torch.arange(self.T, device=self.rings[0].device)[:, None]
         step = torch.randint(self.size, (self.T, n), device=task.device)
-        return [ring[step, task].flatten(0, 1).to(self.device) for ring in self.rings]
+        return [ring[step, task].flatten(0, 1) for ring in self.rings]
 
 
 # -------------------------------------------------------------------------------------------------------- environments

@@ -3,7 +3,6 @@
 
 import contextlib
 import csv
-import importlib.metadata
 import inspect
 import itertools
 import json
@@ -12,7 +11,6 @@ import multiprocessing
 import os
 import re
 import resource
-import runpy
 import signal
 import socket
 import subprocess
@@ -20,9 +18,10 @@ import sys
 import textwrap
 import threading
 import time
+import types
+from importlib.metadata import version
 from pathlib import Path
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -38,29 +37,31 @@ GOLDEN = json.loads((SCRIPT.parent / "results/golden.json").read_text())
 SMALL = "--num-modules 4 --module-width 16 --encoder-widths 32 32 --router-widths 16 --no-tensorboard"
 SMALL += " --eval-every 1000000 --eval-episodes 1 --episode-length 10"
 TWO_TASKS = f"--env-id 5,10 --learning-starts 40 --buffer-size 2000 --batch-size 16 {SMALL}"
+ENDLESS = f"{TWO_TASKS} --total-steps 1000000 --log-every 100 --run-name run"
 
 
 @pytest.fixture(autouse=True)
 def signal_handlers():
-    """main replaces them."""
-    old = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGINT, old[0])
-    signal.signal(signal.SIGTERM, old[1])
+    old = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield  # main replaces them
+    for number, handler in old.items():
+        signal.signal(number, handler)
+
+
+def snippet(title):
+    readme = (SCRIPT.parent / "README.md").read_text()
+    return re.search(rf"^## {title}$.*?^```python\n(.*?)^```", readme, re.DOTALL | re.MULTILINE)[1]
 
 
 @pytest.fixture
 def pendulums(monkeypatch):
-    """Pendulums of several gravities stand in for Meta-World's tasks where the environment does not matter."""
-
-    def make_env(task, args, seed):
-        return gym.make("Pendulum-v1", g=float(task), max_episode_steps=args.episode_length)
-
-    monkeypatch.setattr(d2r, "task_names", lambda env_id: env_id.split(","))
-    monkeypatch.setattr(d2r, "make_env", make_env)
+    exec(snippet("Change it"), names := {"__name__": "pendulums"})
+    monkeypatch.setattr(d2r, "task_names", names["task_names"])
+    monkeypatch.setattr(d2r, "make_env", names["make_env"])
 
 
 FORMS = pytest.mark.parametrize("form", ["skipping", "static"])
+COMPILED = torch._dynamo.utils.counters["stats"]
 
 
 def in_form(form, *networks):
@@ -71,13 +72,8 @@ def in_form(form, *networks):
         network.base_modules.compile(backend="aot_eager", dynamic=False, fullgraph=True)
 
 
-def compiled_graphs():
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
-
-
-def random_table(B, M, dtype=torch.float64):
-    """Random logits (B, M, M), -inf above the diagonal."""
-    table = torch.randn(B, M, M, generator=torch.Generator().manual_seed(0), dtype=dtype)
+def random_table(B, M):
+    table = torch.randn(B, M, M, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return table.masked_fill(torch.ones(M, M).triu(1) > 0, -math.inf)
 
 
@@ -100,7 +96,6 @@ def tiny_network(num_modules, **options):
 
 
 def small_agent(tasks=3, device="cpu", **changes):
-    """An agent of tiny networks, and a random batch with 8 samples of each task."""
     args, _, _ = d2r.parse_arguments(["--env-id", "reach-v3", *SMALL.split()])
     for name, value in changes.items():
         setattr(args, name, value)
@@ -113,25 +108,7 @@ def small_agent(tasks=3, device="cpu", **changes):
 
 
 # ------------------------------------------------------------------------------------- parity with reference values
-def golden_network(resrouting):
-    """The reference values' tiny network, and its parameters by the reference's names."""
-    network = d2r.D2RNetwork(3, 2, 2, 4, 2, 4, (6, 6), (5,), resrouting).double()
-    routing, base = network.routing_network, network.base_modules
-    layers = {"obs_encoder.0": routing.obs_encoder[0], "obs_encoder.1": routing.obs_encoder[2]}
-    layers |= {"task_encoder": routing.task_encoder, "router.0": routing.router[0], "router.1": routing.router[2]}
-    layers |= {**{f"module.{i}": base.module[i] for i in range(4)}, "head": base.head}
-    parameters = {}
-    for p, (name, shape) in enumerate(GOLDEN["parameters"]):
-        layer, leaf = name.rsplit(".", 1)
-        parameters[name] = getattr(layers[layer], leaf)
-        entries = [0.6 * math.sin(1.3 * p + 0.7 * k + 0.1) for k in range(math.prod(shape))]
-        parameters[name].data.copy_(torch.tensor(entries, dtype=torch.float64).view(shape))
-    assert len(parameters) == len(list(network.parameters()))
-    return network, parameters
-
-
 def close_rows(table, reference):
-    """A table without what lies above the diagonal, as the reference values have it."""
     for sample, expected in zip(table, reference, strict=True):
         for i, row in enumerate(expected):
             assert sample[i, : i + 1].tolist() == pytest.approx(row, abs=1e-10)
@@ -140,9 +117,17 @@ def close_rows(table, reference):
 @FORMS
 @pytest.mark.parametrize("resrouting", [True, False])
 def test_golden_network(resrouting, form):
-    network, parameters = golden_network(resrouting)
+    network, parameters = d2r.D2RNetwork(3, 2, 2, 4, 2, 4, (6, 6), (5,), resrouting).double(), {}
+    own_names = {"obs_encoder.1": "obs_encoder.2", "router.1": "router.2"}  # the ReLUs between them count, too
+    for p, (name, shape) in enumerate(GOLDEN["parameters"]):
+        layer, leaf = name.rsplit(".", 1)
+        part = "base_modules" if layer.startswith(("module", "head")) else "routing_network"
+        parameters[name] = network.get_parameter(f"{part}.{own_names.get(layer, layer)}.{leaf}")
+        entries = [0.6 * math.sin(1.3 * p + 0.7 * k + 0.1) for k in range(math.prod(shape))]
+        parameters[name].data.copy_(torch.tensor(entries, dtype=torch.float64).view(shape))
+    assert len(parameters) == len(list(network.parameters()))
     in_form(form, network)
-    graphs = compiled_graphs()
+    graphs = COMPILED["unique_graphs"]
     obs, task = torch.tensor(GOLDEN["obs"], dtype=torch.float64), torch.tensor(GOLDEN["task"])
     _, logits = network.routing_network(obs, task)
     close_rows(logits, GOLDEN["routing_logits"])
@@ -158,17 +143,19 @@ def test_golden_network(resrouting, form):
     kind = "gradient_resrouting" if resrouting else "gradient_without_resrouting"
     for name, parameter in parameters.items():
         close(parameter.grad, GOLDEN["behavior"][kind][name])
-    assert (compiled_graphs() > graphs) == (form == "static")
+    assert (COMPILED["unique_graphs"] > graphs) == (form == "static")
 
 
-def test_golden_temperatures():
-    agent, _ = small_agent(tasks=4)
+def test_golden_temperatures_and_ablations():
+    agent, (obs, *_) = small_agent(tasks=4)
+    assert not torch.equal(agent.act(obs[:4])[1], agent.act(obs[:4])[1])
     agent.log_alpha.data = torch.tensor(GOLDEN["route_temperature"]["log_alpha"], dtype=torch.float64)
     close(agent.temperature(), GOLDEN["route_temperature"]["temperature"])
     agent.args.route_balancing = False
     close(agent.temperature(), [1.0] * 4)
     agent.args.sample_k = False
-    assert agent.temperature() is None
+    assert agent.temperature() is None and torch.equal(agent.act(obs[:4])[1], agent.act(obs[:4])[1])
+    assert not small_agent(resrouting=False)[0].actor.base_modules.resrouting
 
 
 def test_parameter_counts_and_initialisation():
@@ -176,14 +163,14 @@ def test_parameter_counts_and_initialisation():
     agent = d2r.Agent(39, 4, len(tasks), args)
     networks = (agent.actor, *agent.critics)
     assert [sum(p.numel() for p in network.parameters()) for network in networks] == [684_240, 684_937, 684_937]
+    heads = [network.base_modules.head for network in networks]
     for layer in (layer for network in networks for layer in network.modules() if isinstance(layer, nn.Linear)):
-        head = any(layer is network.base_modules.head for network in networks)
-        bound = 3e-3 if head else layer.out_features**-0.5
+        bound = 3e-3 if layer in heads else layer.out_features**-0.5
         assert 0.9 * bound < layer.weight.abs().max() <= bound
-        assert (layer.bias.abs() <= 3e-3).all() if head else (layer.bias == 0.1).all()
-    assert not torch.equal(*(critic.base_modules.head.weight for critic in agent.critics))
-    for critic, target in zip(agent.critics.parameters(), agent.target_critics.parameters(), strict=True):
-        assert torch.equal(critic, target) and not target.requires_grad
+        assert (layer.bias.abs() <= 3e-3).all() if layer in heads else (layer.bias == 0.1).all()
+    assert not torch.equal(heads[1].weight, heads[2].weight)
+    pairs = zip(agent.critics.parameters(), agent.target_critics.parameters(), strict=True)
+    assert all(torch.equal(critic, target) and not target.requires_grad for critic, target in pairs)
     assert agent.target_entropy == -4
 
 
@@ -202,11 +189,9 @@ def test_sample_k_draws_without_replacement(temperature):
 
 
 def test_each_task_samples_at_its_own_temperature():
-    """At a low one Top-K's routes, at a high one all pairs of four sources alike."""
     inputs, task = torch.randn(1, 3).expand(2000, 3), torch.arange(2).repeat(1000)
     network = tiny_network(4)
-    _, best = network(inputs, task)
-    _, routes = network(inputs, task, temperature=torch.tensor([1e-6, 1e6]))
+    (_, best), (_, routes) = network(inputs, task), network(inputs, task, temperature=torch.tensor([1e-6, 1e6]))
     assert (routes[task == 0].sort(-1).values == best[task == 0].sort(-1).values).all()
     counts = routes[task == 1][:, 3].sort(-1).values.unique(dim=0, return_counts=True)[1]
     assert len(counts) == 6 and (counts - 1000 / 6).abs().max() < 5 * math.sqrt(1000 / 6)
@@ -240,7 +225,6 @@ def test_used_modules_against_every_path():
     routes = d2r.sample_k(random_table(200, 6), 2)
 
     def on_paths(route, i):
-        """The modules that lead into module i, whose sources are row i - 1 of a table that counts from 0."""
         return set().union(*({j} | (on_paths(route, j) if j else set()) for j in route[i - 1]))
 
     for used, route in zip(d2r.used_modules(routes), routes.tolist()):
@@ -321,8 +305,7 @@ def test_resrouting_against_finite_differences():
         assert difference == pytest.approx(2 * (gradient * step).nansum().item(), rel=1e-5, abs=1e-11)
 
 
-def test_frozen_parameters_change_no_other_gradient():
-    """Every subset of the modules, the head, the logits and the input."""
+def test_every_subset_of_frozen_parameters_leaves_the_other_gradients():
     base, h, logits, routes, _ = routed(4, 2, 3, 5)
     parts = [[*module.parameters()] for module in (*base.module, base.head)] + [[logits], [h]]
     leaves = [leaf for part in parts for leaf in part]
@@ -349,7 +332,6 @@ def test_modules_are_computed_for_the_samples_that_use_them():
     assert 0 < min(rows.values()) < max(rows.values()) == 40
     torch.compile(network, backend="eager", dynamic=False, fullgraph=True)(inputs, task, routes=routes)
     assert rows == dict.fromkeys(range(8), 40)
-
     output, routes = network(inputs[:1], task[:1])
     unused = (~d2r.used_modules(routes)[0]).nonzero().flatten().tolist()
     assert 0 < len(unused) < 8
@@ -364,7 +346,6 @@ def test_modules_are_computed_for_the_samples_that_use_them():
 
 # ------------------------------------------------------------------------------------------------- SAC and the update
 def test_action_distribution():
-    """Log-probabilities against PyTorch's own transformed distribution; the clamp of log std; and a known mean."""
     torch.manual_seed(0)
     output = torch.cat([torch.randn(1000, 4), torch.rand(1000, 4) * 3 - 2], -1).double()
     action, log_prob = d2r.sample_action(output)
@@ -373,19 +354,14 @@ def test_action_distribution():
     inside = (action.abs() < 1 - 1e-6).all(-1)
     assert inside.sum() > 500
     close(log_prob[inside], squashed.log_prob(action).sum(-1)[inside], 1e-6)
-    narrow, _ = d2r.sample_action(torch.tensor([[0.5, -1.0, -50.0, -50.0]]))
-    close(narrow, [[math.tanh(0.5), math.tanh(-1.0)]], 1e-6)
     wide, _ = d2r.sample_action(torch.cat([torch.zeros(10_000, 1), torch.full((10_000, 1), 9.0)], -1).double())
     assert wide.atanh()[wide.abs() < 0.99].std() < 2  # log std 9 would leave nearly nothing there, and 2 leaves 28 %
     assert 0.2 < (wide.abs() < 0.99).double().mean() < 0.4
 
 
 @pytest.mark.parametrize(("max_task_loss", "form"), [(3e3, "skipping"), (None, "skipping"), (None, "static")])
-def test_update_gradients_against_separate_losses(max_task_loss, form):
-    """Each part's gradient is that of its own loss alone: so the critics get none from the actor's loss.
-
-    With max_task_loss None, the limit lies such that one task is left out. A frozen parameter stays frozen.
-    """
+def test_each_part_gets_the_gradient_of_its_own_loss_alone(max_task_loss, form):
+    """So the critics get none from the actor's loss. With max_task_loss None, the limit is such that one task exceeds it."""
     agent, batch = small_agent(sample_k=False, max_grad_norm=1e9)
     obs, action, reward, next_obs, terminated, routes = batch
     task, alpha = torch.arange(3).repeat_interleave(8), agent.log_alpha.detach().exp()
@@ -399,23 +375,19 @@ def test_update_gradients_against_separate_losses(max_task_loss, form):
         soft_value = torch.min(*q(agent.target_critics, next_obs, next_action)) - alpha[task] * next_log_prob
         target = 0.1 * reward + 0.99 * torch.where(terminated, 0.0, soft_value)
     own_action, log_prob = d2r.sample_action(agent.actor(obs, task, routes=routes)[0])
-    losses = {
-        "critic_loss": sum((value - target) ** 2 for value in q(agent.critics, obs, action)),
-        "actor_loss": alpha[task] * log_prob - torch.min(*q(agent.critics, obs, own_action)),
-        "alpha_loss": -agent.log_alpha[task] * (log_prob.detach() - 4),
-    }
+    losses = [sum((value - target) ** 2 for value in q(agent.critics, obs, action))]
+    losses += [alpha[task] * log_prob - torch.min(*q(agent.critics, obs, own_action))]
+    losses += [-agent.log_alpha[task] * (log_prob.detach() - 4)]
     weight = 3 / alpha / (1 / alpha).sum()
-    expected = {name: torch.stack([loss[task == t].sum() / 8 for t in range(3)]) for name, loss in losses.items()}
-    expected |= {name: weight * expected[name] for name in ("critic_loss", "actor_loss")}
-    summed = sum(expected.values()).detach()
+    expected = [loss.view(3, 8).mean(1) * w for loss, w in zip(losses, (weight, weight, 1))]
+    summed = sum(expected).detach()
     agent.args.max_task_loss = max_task_loss or summed.sort().values[1:].mean().item()
     counted = (summed <= agent.args.max_task_loss).float()
     assert counted.sum() == (3 if max_task_loss else 2)
     gradients, options = {}, {"retain_graph": True, "materialize_grads": True}
-    for name, part in (("critic_loss", agent.critics), ("actor_loss", agent.actor)):
-        parameters, loss = [*part.parameters()], (counted * expected[name]).sum() / 3
-        gradients |= dict(zip(parameters, torch.autograd.grad(loss, parameters, **options)))
-    gradients[agent.log_alpha] = counted * -torch.stack([log_prob[task == t].mean() - 4 for t in range(3)]) / 3
+    parts = [*agent.critics.parameters()], [*agent.actor.parameters()], [agent.log_alpha]
+    for part, loss in zip(parts, expected):
+        gradients |= dict(zip(part, torch.autograd.grad((counted * loss).sum() / 3, part, **options)))
 
     in_form(form, agent.actor, *agent.critics, *agent.target_critics)
     frozen = agent.critics[0].base_modules.module[2].weight.requires_grad_(False)
@@ -425,7 +397,7 @@ def test_update_gradients_against_separate_losses(max_task_loss, form):
     assert frozen.grad is None and not frozen.requires_grad
     for parameter, gradient in gradients.items():
         close(parameter.grad, gradient, 1e-5)
-    for name, loss in expected.items():
+    for name, loss in zip(("critic_loss", "actor_loss", "alpha_loss"), expected):
         close(losses[name], loss.detach(), 1e-5)
 
 
@@ -444,53 +416,24 @@ def test_update_clips_clamps_and_averages():
     assert (agent.log_alpha == 0).all()  # the policies lack entropy: without the clamp alpha would rise further
 
 
-def test_learning_rates_are_those_asked_for():
-    """Adam's first step is the learning rate, whatever the gradient."""
-    agent, batch = small_agent(learning_rate=1e-3, alpha_learning_rate=1e-2)
-    before = [parameter.clone() for parameter in (agent.actor.base_modules.head.weight, agent.log_alpha)]
-    agent.update(*batch)
-    moved = [agent.actor.base_modules.head.weight - before[0], agent.log_alpha - before[1]]
-    assert [step.abs().max().item() for step in moved] == pytest.approx([1e-3, 1e-2], rel=1e-2)
-
-
-def test_ablations_change_what_they_name():
-    agent, batch = small_agent()
-
-    def routes_differ(**changes):
-        vars(agent.args).update(changes)
-        torch.manual_seed(0)
-        (_, one), (_, two) = agent.act(batch[0][:3]), agent.act(batch[0][:3])
-        return not torch.equal(one, two)
-
-    assert routes_differ()
-    assert not routes_differ(sample_k=False)
-    assert not small_agent(resrouting=False)[0].actor.base_modules.resrouting
-    soft, inputs, task = tiny_network(4, top_k=0), torch.randn(6, 3), torch.zeros(6, dtype=torch.long)
-    (_, logits), (_, routes) = soft.routing_network(inputs, task), soft(inputs, task)
-    close(dense(d2r.routing_weights(logits, routes), routes).detach(), logits.softmax(-1).detach(), 1e-6)
-
-
 # ------------------------------------------------------------------------------------------- acceleration and replay
 def test_compiled_and_eager_losses_agree():
-    """Over 20 updates and actions, from the same seed: with --compile, and Inductor."""
     torch._dynamo.reset()
     losses, actions = {}, {}
     for compiled in (False, True):
         agent, batch = small_agent(compile=compiled, learning_rate=3e-3)
-        (act, update), graphs = d2r.accelerate(agent), compiled_graphs()
+        (act, update), graphs = d2r.accelerate(agent), COMPILED["unique_graphs"]
         torch.manual_seed(3)
         losses[compiled] = torch.stack([torch.stack([*update(*batch).values()]) for _ in range(20)])
         actions[compiled] = torch.stack([act(batch[0][:3])[0] for _ in range(20)])
-        assert (compiled_graphs() > graphs) == compiled
-    assert torch.allclose(losses[True], losses[False], rtol=1e-4)
-    assert (losses[False][1:, 0] != losses[False][:-1, 0]).all()  # they do learn
-    assert torch.allclose(actions[True], actions[False], atol=1e-4)
+        assert (COMPILED["unique_graphs"] > graphs) == compiled
+    assert (losses[False].diff(dim=0)[:, 0] != 0).all()  # they do learn
+    torch.testing.assert_close((losses[True], actions[True]), (losses[False], actions[False]), rtol=1e-4, atol=1e-4)
 
 
 def test_on_a_gpu_nothing_waits_for_the_host(monkeypatch):
     """Acting, sampling and the update on the meta device: tensors without values, that mix with none on the host."""
-    adam = torch.optim.Adam
-    monkeypatch.setattr(torch.optim, "Adam", lambda groups, **options: adam(groups))
+    monkeypatch.setattr(torch.optim, "Adam", lambda groups, adam=torch.optim.Adam, **options: adam(groups))
     agent, batch = small_agent(device="meta")
     assert all(tensor.is_meta for tensor in agent.act(batch[0][:3].to("meta")))
     replay = d2r.ReplayBuffer(10, 3, 5, 4, 4, 2, torch.device("meta"))
@@ -505,17 +448,16 @@ def test_cuda_graph_copies_its_inputs_and_replays(monkeypatch):
     """With a stand-in for CUDA, whose graph repeats the captured call and overwrites its results."""
     log = []
 
-    class Graph:
-        def replay(self):
-            log.append("replay")
-            for output, value in zip(wrapped.outputs, double(*wrapped.inputs)):
-                output.copy_(value)
+    def replay():
+        log.append("replay")
+        for output, value in zip(wrapped.outputs, double(*wrapped.inputs)):
+            output.copy_(value)
 
     def double(*tensors):
         return [2 * tensor for tensor in tensors]
 
-    stand_in = {"CUDAGraph": Graph, "Stream": lambda: None, "synchronize": lambda: log.append("wait")}
-    stand_in["graph"] = lambda graph: contextlib.nullcontext(log.append("capture"))
+    stand_in = {"CUDAGraph": lambda: types.SimpleNamespace(replay=replay), "synchronize": lambda: log.append("wait")}
+    stand_in |= {"graph": lambda graph: contextlib.nullcontext(log.append("capture")), "Stream": lambda: None}
     for name, value in {**stand_in, "stream": contextlib.nullcontext}.items():
         monkeypatch.setattr(torch.cuda, name, value)
     wrapped, outputs = d2r.CUDAGraph(double), []
@@ -525,15 +467,6 @@ def test_cuda_graph_copies_its_inputs_and_replays(monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(outputs[-1], double(*given), strict=True))
     assert outputs[3] is outputs[4] is outputs[5] and outputs[2] is not outputs[3]
     assert log == ["wait", "wait"] * 3 + ["capture", "replay", "replay", "replay"]
-
-
-@pytest.mark.parametrize(("gigabytes", "place"), [(80, "cuda"), (0.4, "cpu")])  # the replay of MT10 takes 0.365 GB
-def test_replay_goes_to_the_gpu_where_it_fits(monkeypatch, gigabytes, place):
-    places, empty = [], torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *shape, device, **kind: places.append(str(device)) or empty(0, **kind))
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (gigabytes * 1e9, 0))
-    d2r.ReplayBuffer(100_000, 10, 39, 4, 16, 2, torch.device("cuda"))
-    assert places == [place] * 6
 
 
 def test_replay_wraps_around_and_samples_tasks_equally():
@@ -554,66 +487,40 @@ def test_replay_wraps_around_and_samples_tasks_equally():
 
 
 # ------------------------------------------------------------------------------------------------- real environment
-class Expert(nn.Module):
-    """Stands in for the actor: Meta-World's scripted policies, or random actions."""
-
-    def __init__(self, tasks, scripted):
-        super().__init__()
-        self.policies = [ENV_POLICY_MAP[task]() for task in tasks] if scripted else None
-
-    def forward(self, obs, task):
-        action = torch.rand(len(obs), 4) * 2 - 1
-        if self.policies:
-            actions = [policy.get_action(o.astype(np.float64)) for policy, o in zip(self.policies, obs.numpy())]
-            action = torch.as_tensor(np.array(actions)).clamp(-1 + 1e-9, 1 - 1e-9)
-        routes = torch.tensor([[0, 0], [0, 1], [0, 1], [2, 1]]).expand(len(obs), 4, 2)  # uses modules 0, 1 and 2
-        return torch.cat([action.atanh(), action], -1), routes
-
-
 @pytest.mark.filterwarnings("ignore:Constant")  # the experts' actions are clipped
 def test_evaluation_knows_an_expert_from_chance():
-    results, (agent, _) = {}, small_agent(tasks=2)
+    """Meta-World's scripted policies, and random actions, with routes that use modules 0, 1 and 2."""
     args, tasks, _ = d2r.parse_arguments(["--env-id", "reach-v3,drawer-close-v3"])
+    policies, results = [ENV_POLICY_MAP[task]() for task in tasks], {}
+    routes = torch.tensor([[0, 0], [0, 1], [0, 1], [2, 1]]).expand(2, 4, 2)
+
+    def actor(obs, task):
+        action = [policy.get_action(o.astype(np.float64)) for policy, o in zip(policies, obs.numpy())]
+        action = torch.tensor(np.array(action)).clamp(-1 + 1e-9, 1 - 1e-9) if scripted else 2 * torch.rand(2, 4) - 1
+        return torch.cat([action.atanh(), action], -1), routes
+
     with d2r.make_envs(tasks, args, args.seed) as envs:
+        agent = types.SimpleNamespace(actor=actor, task=torch.arange(2))
         for scripted, episodes in ((True, 8), (False, 4)):
-            agent.actor = Expert(tasks, scripted)
             results[scripted] = d2r.evaluate(agent, envs, tasks, episodes, threading.Event())
     expert, chance = results[True], results[False]
     assert expert["success/reach-v3"] >= 0.85 and expert["success/drawer-close-v3"] >= 0.85
     assert expert["success"] == (expert["success/reach-v3"] + expert["success/drawer-close-v3"]) / 2
-    assert expert["modules_used/reach-v3"] == 3 and chance["success/reach-v3"] < 0.5
+    assert chance["success/reach-v3"] < 0.5 and expert["modules_used/reach-v3"] == 3
     assert 0 < chance["return/reach-v3"] < expert["return/reach-v3"]
 
 
-def test_goals():
-    goals = {}
-    for kind in ("fixed", "random"):
-        args, tasks, _ = d2r.parse_arguments(["--env-id", "reach-v3", "--goals", kind])
-        with d2r.make_envs(tasks, args, args.seed) as envs:
-            goals[kind] = {tuple(envs.reset()[0][0, -3:]) for _ in range(12)}
-    assert len(goals["fixed"]) == 1 and len(goals["random"]) > 6
+@pytest.mark.parametrize(("goals", "number"), [("fixed", 1), ("random", 12)])
+def test_goals(goals, number):
+    args, _, _ = d2r.parse_arguments(["--goals", goals])
+    env = d2r.make_env("reach-v3", args, args.seed)
+    assert number / 2 < len({tuple(env.reset()[0][-3:]) for _ in range(12)}) <= number
 
 
-def test_kept_policies_go_on_working(capfd):
-    """That of results/three-tasks, made when there were other arguments."""
+def test_a_policy_made_with_other_arguments_is_evaluated(capfd):
     assert d2r.main(["--evaluate", str(SCRIPT.parent / "results/three-tasks/actor.pt"), "--eval-episodes", "2"]) == 0
     lines = capfd.readouterr().out.splitlines()
     assert lines[1].startswith("drawer-close-v3: success 1.00") and lines[2].startswith("door-close-v3: success 1.00")
-
-
-def test_a_run_on_meta_world(tmp_path):
-    """What the replay holds is what the real environment did: also at the truncations, every tenth step."""
-    options = TWO_TASKS.replace("5,10", "reach-v3,drawer-close-v3")
-    assert run(tmp_path, f"{options} --total-steps 120 --eval-every 80") == 0
-    obs, action, reward, next_obs, terminated, routes = checkpoint(tmp_path / "run")["replays"][0]
-    assert obs.shape == (60, 2, 39) and action.abs().max() <= 1
-    # Meta-World's observation ends its first half with the hand and objects now, and has those of the step before
-    # in its second: a reset's would not continue the episode.
-    close(next_obs[:, :, 18:36], obs[:, :, :18], 1e-6)
-    follows = (next_obs[:-1] == obs[1:]).all(-1).all(-1)
-    assert [t for t in range(59) if not follows[t]] == [9, 19, 29, 39, 49]  # after 40 an evaluation came, too
-    assert not terminated.any() and routes.max() == 3 and (reward > 0).any()
-    assert json.loads((tmp_path / "run/args.json").read_text())["tasks"] == ["reach-v3", "drawer-close-v3"]
 
 
 # ------------------------------------------------------------------------------------------------------- end to end
@@ -626,53 +533,54 @@ def checkpoint(run_dir):
 
 
 def progress(run_dir):
-    with open(run_dir / "progress.csv") as file:
-        return list(csv.DictReader(file))
+    return [*csv.DictReader((run_dir / "progress.csv").read_text().splitlines())]
 
 
 def steps(run_dir):
     return [int(record["global_step"]) for record in progress(run_dir)]
 
 
-def test_what_a_run_leaves(tmp_path, pendulums, capsys):
-    assert run(tmp_path, f"{TWO_TASKS} --tensorboard --total-steps 480 --eval-every 200 --log-every 60") == 0
+def test_a_run_on_meta_world(tmp_path, capsys):
+    options = TWO_TASKS.replace("5,10", "reach-v3,drawer-close-v3") + " --tensorboard"
+    assert run(tmp_path, f"{options} --total-steps 240 --eval-every 160 --log-every 60") == 0
     run_dir, out = tmp_path / "run", capsys.readouterr().out
-    assert "480 steps" in out and "step 420, " in out and "--resume" in out
+    assert "240 steps" in out and "step 120, " in out and "--resume" in out
     names = {path.name for path in run_dir.iterdir() if "tfevents" not in path.name}
     assert names == {"args.json", "progress.csv", "checkpoint.pt", "actor.pt"}
-    facts = json.loads((run_dir / "args.json").read_text())
-    assert facts["args"]["total_steps"] == 480 and facts["args"]["learning_rate"] == 3e-4
-    assert facts["versions"]["torch"] == importlib.metadata.version("torch") and facts["tasks"] == ["5", "10"]
-    assert re.fullmatch("[0-9a-f]{40}", facts["commit"])
-
-    records = progress(run_dir)
-    assert steps(run_dir) == [60, 120, 180, 200, 240, 300, 360, 400, 420, 480]
-    assert [record["global_step"] for record in records if record["return"]] == ["200", "400", "480"]
+    facts, records = json.loads((run_dir / "args.json").read_text()), progress(run_dir)
+    assert facts["args"]["total_steps"] == 240 and facts["tasks"] == ["reach-v3", "drawer-close-v3"]
+    assert facts["versions"]["torch"] == version("torch") and len(facts["commit"]) in (0, 40)
+    assert steps(run_dir) == [60, 120, 160, 180, 240]
+    assert [record["global_step"] for record in records if record["success"]] == ["160", "240"]
     assert [int(record["updates"]) for record in records] == [(step - 40) // 2 for step in steps(run_dir)]
     assert all(record[name] for record in records for name in ("seconds", "steps_per_second", "critic_loss"))
-    assert 1 <= float(records[-1]["modules_used/5"]) <= 4 and records[-1]["success/5"] == "nan"
-    assert sum(float(records[-1][f"temperature/{task}"]) for task in (5, 10)) == pytest.approx(2, rel=1e-4)
-    assert all(records[-1].values())
+    assert 1 <= float(records[-1]["modules_used/reach-v3"]) <= 4 and all(records[-1].values())
+    assert sum(float(records[-1][f"temperature/{task}"]) for task in facts["tasks"]) == pytest.approx(2, rel=1e-4)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run_dir)).Reload()
-    assert [event.step for event in events.Scalars("return/5")] == [200, 400, 480]
+    assert [event.step for event in events.Scalars("return/reach-v3")] == [160, 240]
     assert [event.step for event in events.Scalars("critic_loss")] == steps(run_dir)
-
+    # What the replay holds is what the environment did: also at the truncations, every tenth step. Meta-World's
+    # observation ends its first half with the hand and objects now, and has those of the step before in its second.
+    obs, action, reward, next_obs, terminated, routes = checkpoint(run_dir)["replays"][0]
+    assert obs.shape == (120, 2, 39) and action.abs().max() <= 1
+    close(next_obs[:, :, 18:36], obs[:, :, :18], 1e-6)
+    follows = (next_obs[:-1] == obs[1:]).all(-1).all(-1)
+    assert [t for t in range(119) if not follows[t]] == [*range(9, 119, 10)]  # after 80 an evaluation came, too
+    assert not terminated.any() and routes.max() == 3 and (reward > 0).any()
     assert d2r.main(["--evaluate", str(run_dir / "actor.pt"), "--eval-episodes", "2"]) == 0
-    pattern = r"{}: success nan, return -[0-9.]+, modules used [1-4]\.[0-9]\n"
-    pattern = pattern.format(5) + pattern.format(10) + r"mean success nan, modules used [1-4]\.[0-9]\n"
-    assert re.fullmatch(pattern, capsys.readouterr().out)
+    line = r": success [01]\.[05]0, return [0-9.]+, modules used [1-4]\.[0-9]\n"
+    mean = r"mean success [01]\.[0-9]+, modules used [1-4]\.[0-9]\n"
+    assert re.fullmatch(f"reach-v3{line}drawer-close-v3{line}{mean}", capsys.readouterr().out)
 
 
 def test_resume(tmp_path, pendulums, capsys):
-    """With nothing left to do: the same weights and rows. With more to do: it goes on."""
     options, run_dir = f"{TWO_TASKS} --total-steps 240 --eval-every 200 --log-every 60", tmp_path / "run"
     resume = ["--resume", str(run_dir)]
     assert run(tmp_path, options) == 0
     first, old = (run_dir / "progress.csv").read_text(), checkpoint(run_dir)
-    assert d2r.main(resume) == 0
-    assert (run_dir / "progress.csv").read_text() == first
+    assert d2r.main(resume) == 0 and (run_dir / "progress.csv").read_text() == first  # there was nothing left to do
     new = checkpoint(run_dir)
     assert all(torch.equal(new["agent"][name], value) for name, value in old["agent"].items())
     assert all(torch.equal(a, b) for a, b in zip(new["replays"][0], old["replays"][0], strict=True))
@@ -684,9 +592,7 @@ def test_resume(tmp_path, pendulums, capsys):
     newer = checkpoint(run_dir)
     assert torch.equal(newer["replays"][0][0][:120], old["replays"][0][0]) and len(newer["replays"][0][0]) == 150
     moved = [(newer["agent"][name] - value).abs().max() for name, value in old["agent"].items() if "actor" in name]
-    assert max(moved) > 0.2  # at the new learning rate
-    assert newer["optimizer"].keys() == old["optimizer"].keys()
-
+    assert max(moved) > 0.2 and newer["optimizer"].keys() == old["optimizer"].keys()  # at the new learning rate
     capsys.readouterr()
     for option, message in (("--top-k 1", "top_k 2"), ("--env-id 10,5", "env_id 5,10"), ("--num-modules 3", "es 4")):
         for how in (resume, ["--evaluate", str(run_dir / "actor.pt")]):
@@ -709,22 +615,19 @@ def test_same_seed_same_losses(tmp_path, pendulums):
     assert runs[0] == runs[1] and runs[0][-1]["critic_loss"] != runs[2][-1]["critic_loss"]
 
 
-ABLATIONS = ["--no-resrouting", "--no-route-balancing", "--no-sample-k", "--top-k 0", "--goals fixed"]
-
-
-@pytest.mark.parametrize("ablation", ABLATIONS)
-def test_ablations_run(tmp_path, pendulums, ablation):
-    options = f"--env-id 10 --learning-starts 10 --batch-size 8 --buffer-size 50 {SMALL} --num-modules 3"
-    assert run(tmp_path, f"{options} --total-steps 60 {ablation}") == 0
+@pytest.mark.parametrize("ablation", ["no-resrouting", "no-route-balancing", "no-sample-k", "top-k=0", "goals=fixed"])
+def test_ablations_run(tmp_path, pendulums, ablation, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # a run goes on without it
+    options = f"--env-id 10 --learning-starts 10 --batch-size 8 --buffer-size 50 {SMALL} --num-modules 3 --tensorboard"
+    assert run(tmp_path, f"{options} --total-steps 60 --{ablation}") == 0
     (record,) = progress(tmp_path / "run")
     assert int(record["updates"]) == 50 and math.isfinite(float(record["critic_loss"]))
-    assert record["temperature/10"] == ("" if ablation == "--no-sample-k" else "1")
-    assert float(record["modules_used"]) == 3 if ablation == "--top-k 0" else 1 <= float(record["modules_used"]) <= 3
+    assert record["temperature/10"] == ("" if ablation == "no-sample-k" else "1")
+    assert float(record["modules_used"]) == 3 if ablation == "top-k=0" else 1 <= float(record["modules_used"]) <= 3
 
 
 BUDGETS = """
 MT10     10  15000000  1000000  1280   40000
-MT25     25  37500000  2500000  3200  100000
 MT50     50  50000000 10000000  6400  200000
 push-v3   1   1500000   100000   128    4000
 """
@@ -741,39 +644,31 @@ def test_budgets_come_from_the_benchmark(line):
 
 
 # --------------------------------------------------------------------------------------------- signals and failures
-class Learner:
-    """main in a process, and a process group, of its own; rank and port: as torchrun would start it."""
-
-    def __init__(self, log, arguments, rank=None, port=None):
-        self.log, self.environment = log, {}
-        if rank is not None:
-            self.environment = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            self.environment["TORCHELASTIC_RUN_ID"] = "test"
-        fork = multiprocessing.get_context("fork")
-        self.process = fork.Process(target=self.run, args=([*map(str, arguments), "--device", "cpu"],))
-        self.process.start()
-        self.pid = self.process.pid
-
-    def run(self, arguments):
+def learner(log, arguments, **environment):  # main in a process, and a process group, of its own
+    def child():
         os.setsid()
-        sys.stdout = sys.stderr = open(self.log, "w", buffering=1)  # noqa: SIM115
+        sys.stdout = sys.stderr = open(log, "w", buffering=1)  # noqa: SIM115
         os.dup2(sys.stdout.fileno(), 2)
-        os.environ |= {name: str(value) for name, value in self.environment.items()}
-        sys.exit(d2r.main(arguments))
+        os.environ |= environment
+        sys.exit(d2r.main([*map(str, arguments), "--device", "cpu"]))
 
-    def wait_for_records(self, run_dir, count, seconds=60):
-        """Returns the workers."""
-        deadline = time.monotonic() + seconds
-        while not (run_dir / "progress.csv").exists() or len(steps(run_dir)) < count:
-            assert self.process.is_alive() and time.monotonic() < deadline, self.log.read_text()
-            time.sleep(0.02)
-        return Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    return process
 
-    def ended(self):
-        """The exit code and what it said."""
-        self.process.join(30)
-        self.process.kill()
-        return self.process.exitcode, self.log.read_text()
+
+def workers_after(process, run_dir, records):  # once it has written so many
+    deadline = time.monotonic() + 60
+    while not (run_dir / "progress.csv").exists() or len(steps(run_dir)) < records:
+        assert process.is_alive() and time.monotonic() < deadline
+        time.sleep(0.02)
+    return Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+
+
+def ended(process, log):
+    process.join(30)
+    process.kill()
+    return process.exitcode, log.read_text()
 
 
 def assert_ended(pids):
@@ -787,20 +682,18 @@ def assert_ended(pids):
 
 def test_kill_and_signals(tmp_path, pendulums):
     run_dir, log = tmp_path / "run", tmp_path / "log"
-    options = f"{TWO_TASKS} --total-steps 1000000 --log-every 100 --checkpoint-minutes 0.001"
-    learner = Learner(log, [*options.split(), "--results-dir", tmp_path, "--run-name", "run"])
-    workers = learner.wait_for_records(run_dir, 4)
-    assert len(workers) == 2
-    os.kill(learner.pid, signal.SIGKILL)
-    learner.ended()
+    process = learner(log, [*ENDLESS.split(), "--results-dir", tmp_path, "--checkpoint-minutes", "0.001"])
+    workers = workers_after(process, run_dir, 4)
+    process.kill()
+    ended(process, log)
     torch.load(run_dir / "actor.pt", weights_only=True)
     done = checkpoint(run_dir)["progress"]["global_step"]
-    assert done > 0
+    assert done > 0 and len(workers) == 2
     for number in (signal.SIGTERM, signal.SIGINT):
-        learner = Learner(log, ["--resume", run_dir, "--checkpoint-minutes", "60"])
-        workers += learner.wait_for_records(run_dir, done // 100 + 3)
-        os.killpg(learner.pid, number)  # as a terminal or a batch system does: the workers get it too
-        code, said = learner.ended()
+        process = learner(log, ["--resume", run_dir, "--checkpoint-minutes", "60"])
+        workers += workers_after(process, run_dir, done // 100 + 3)
+        os.killpg(process.pid, number)  # as a terminal or a batch system does: the workers get it too
+        code, said = ended(process, log)
         assert code == 0 and "ended at step" in said and "Traceback" not in said
         assert steps(run_dir) == list(range(100, steps(run_dir)[-1] + 1, 100))
         stopped = checkpoint(run_dir)["progress"]["global_step"]
@@ -810,14 +703,12 @@ def test_kill_and_signals(tmp_path, pendulums):
 
 
 def test_a_signal_during_an_evaluation(tmp_path, pendulums, monkeypatch):
-    """It ends the evaluation at once; the resumed run begins with that evaluation."""
     evaluate = d2r.evaluate
 
     def interrupted(agent, *arguments):
         monkeypatch.setattr(d2r, "evaluate", evaluate)  # the next one is not
-        hook = agent.actor.register_forward_hook(lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-        results = evaluate(agent, *arguments)
-        hook.remove()
+        with agent.actor.register_forward_hook(lambda *_: os.kill(os.getpid(), signal.SIGTERM)):
+            results = evaluate(agent, *arguments)
         assert results == {}
         return results
 
@@ -830,11 +721,10 @@ def test_a_signal_during_an_evaluation(tmp_path, pendulums, monkeypatch):
 
 
 def test_a_dead_worker_ends_the_run(tmp_path, pendulums):
-    options = f"{TWO_TASKS} --total-steps 1000000 --log-every 100"
-    learner = Learner(tmp_path / "log", [*options.split(), "--results-dir", tmp_path, "--run-name", "run"])
-    os.kill(int(learner.wait_for_records(tmp_path / "run", 1)[-1]), signal.SIGKILL)
-    code, said = learner.ended()
-    assert code == 1 and "error: the process of 10 died" in said and "Traceback" not in said
+    process = learner(tmp_path / "log", [*ENDLESS.split(), "--results-dir", tmp_path])
+    os.kill(int(workers_after(process, tmp_path / "run", 1)[-1]), signal.SIGKILL)
+    assert ended(process, tmp_path / "log")[0] == 1
+    assert (tmp_path / "log").read_text().endswith("error: the process of 10 died\n")
 
 
 NOT_FINITE = {
@@ -861,8 +751,7 @@ def test_what_is_not_finite_stops_the_run(tmp_path, pendulums, monkeypatch, caps
         obs[1] = math.nan if what == "observation" and next(acts) == 20 + 30 else obs[1]
         return old_act(agent, obs)
 
-    monkeypatch.setattr(d2r.Agent, "update", update)
-    monkeypatch.setattr(d2r.Agent, "act", act)
+    monkeypatch.setattr(d2r.Agent, "update", update), monkeypatch.setattr(d2r.Agent, "act", act)
     assert run(tmp_path, f"{TWO_TASKS} --total-steps 400 --checkpoint-minutes 0.0000001") == 1
     assert capsys.readouterr().err == f"error: {NOT_FINITE[what]}\n"
     kept = checkpoint(tmp_path / "run")
@@ -870,60 +759,40 @@ def test_what_is_not_finite_stops_the_run(tmp_path, pendulums, monkeypatch, caps
     assert all(value.isfinite().all() for value in kept["agent"].values())
 
 
-@contextlib.contextmanager
-def largest_file(size):
-    """Writing more than size bytes to a file fails, as on a full disk."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, old)
-
-
 def test_a_full_disk_leaves_the_last_files_whole(tmp_path, pendulums, capsys):
+    """Writing more than so many bytes to a file fails: first args.json, and then the checkpoint."""
     assert run(tmp_path, f"{TWO_TASKS} --total-steps 60") == 0
     names = ["args.json", "progress.csv", "checkpoint.pt", "actor.pt"]
-    for size, code, kept in ((100, 2, names), (100_000, 1, names[1:])):  # args.json fails, and then the checkpoint
+    limits, old = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    for size, code, kept in ((100, 2, names), (100_000, 1, names[1:])):
         before = [(tmp_path / "run" / name).read_bytes() for name in kept]
-        with largest_file(size):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
             assert d2r.main(["--resume", str(tmp_path / "run")]) == code
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert "cannot be written" in capsys.readouterr().err
         assert before == [(tmp_path / "run" / name).read_bytes() for name in kept]
-        assert len([*(tmp_path / "run").iterdir()]) == 4
-
-
-def test_a_run_goes_on_without_tensorboard(tmp_path, pendulums, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    assert run(tmp_path, f"{TWO_TASKS} --total-steps 60 --tensorboard") == 0
-    assert steps(tmp_path / "run") == [60] and not list((tmp_path / "run").glob("events.*"))
+        assert {path.name for path in (tmp_path / "run").iterdir()} == {*names}
+    signal.signal(signal.SIGXFSZ, old)
 
 
 MISTAKES = f"""
 --env-id MT11: 'MT11' is unknown, or named twice; the nearest are MT10
---env-id reach: the nearest are reach-v3
 --env-id reach-v3,drawer-closed-v3: 'drawer-closed-v3' is unknown, or named twice; the nearest are drawer-close-v3
 --env-id reach-v3,push-v3,reach-v3: 'reach-v3' is unknown, or named twice
 --top-k 17: --top-k is 17; it must lie between 0 and 16
---top-k -1: --top-k is -1
 --num-modules 300: --num-modules is 300; it must lie between 1 and 256
 --batch-size 1281: --batch-size does not divide into 10 tasks on 1 ranks
---batch-size 0: --batch-size is 0; it must be positive and finite
 --buffer-size 100: --buffer-size must be at least a batch, 1280
 --episode-length 501: --episode-length is 501; it must lie between 1 and 500
---initial-alpha 2: --initial-alpha is 2.0
 --learning-rate nan: --learning-rate is nan; it must be positive and finite
 --max-grad-norm inf: --max-grad-norm is inf; it must be positive and finite
 --gamma 1.5: --gamma is 1.5; it must lie between 0 and 1
---encoder-widths 400 0: --encoder-widths is 0; it must be positive
 --encoder-widths: --encoder-widths is 0; it must be positive
---seed -1: --seed is -1
 --device cuda: --device is cuda, and PyTorch finds none here; write --device cpu
 --results-dir {SCRIPT}: Not a directory
 --resume no/such/run: no/such/run/checkpoint.pt is missing
---evaluate no/such/actor.pt: no/such/actor.pt is missing
 --evaluate {SCRIPT}: is missing, damaged or of another version
 """
 
@@ -939,67 +808,58 @@ def test_a_mistake_is_named_before_anything_is_built(monkeypatch, capsys, line):
 
 
 # ------------------------------------------------------------------------------------------------------------ ranks
-def two_ranks(tmp_path, arguments):
+def two_ranks(tmp_path, arguments):  # as torchrun would start them
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return [Learner(tmp_path / f"log{rank}", arguments, rank, port) for rank in range(2)]
+        world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    world["TORCHELASTIC_RUN_ID"] = "test"
+    return [learner(tmp_path / f"log{rank}", arguments, RANK=str(rank), **world) for rank in range(2)]
 
 
 def test_two_ranks_learn_the_same_from_what_each_of_them_sees(tmp_path, pendulums, monkeypatch):
-    save_run, all_reduce, clip, seen = d2r.save_run, torch.distributed.all_reduce, nn.utils.clip_grad_norm_, {}
+    save_run, all_reduce, seen = d2r.save_run, torch.distributed.all_reduce, {}
 
     def spied_all_reduce(tensor, *op):
-        if not op:
-            seen.setdefault("mine", tensor.clone())
+        seen["mine"] = seen.get("mine") if op else tensor.clone()  # of the last update
         all_reduce(tensor, *op)
-
-    def spied_clip(part, norm):
-        seen.setdefault("actor's", torch.cat([parameter.grad.flatten() for parameter in part]))
-        return clip(part, norm)
 
     def spied_save(log, agent, replay, run):
         save_run(log, agent, replay, run)
+        seen["mean"] = torch.cat([p.grad.flatten() for p in agent.parameters() if p.grad is not None])
         saved = {**seen, "agent": agent.state_dict(), "obs": replay.rings[0][: replay.size].clone()}
         torch.save(saved, tmp_path / f"rank{d2r.world()[0]}.pt")
 
     monkeypatch.setattr(torch.distributed, "all_reduce", spied_all_reduce)
-    monkeypatch.setattr(nn.utils, "clip_grad_norm_", spied_clip)
     monkeypatch.setattr(d2r, "save_run", spied_save)
-    options = f"{TWO_TASKS} --total-steps 240 --log-every 40 --eval-every 120 --results-dir {tmp_path} --run-name run"
-    ended = [learner.ended() for learner in two_ranks(tmp_path, options.split())]
-    assert [code for code, _ in ended] == [0, 0], ended
+    options = f"{TWO_TASKS} --total-steps 240 --log-every 40 --eval-every 120 --max-grad-norm 1e9 --run-name run"
+    ranks = two_ranks(tmp_path, [*options.split(), "--results-dir", tmp_path])
+    assert [ended(rank, tmp_path / "log0")[0] for rank in ranks] == [0, 0]
     one, two = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
     assert all(torch.equal(value, two["agent"][name]) for name, value in one["agent"].items())
-    assert not torch.equal(one["mine"], two["mine"])
-    agent_order = (one["mine"] + two["mine"])[len(one["agent"]["log_alpha"]) :][: len(one["actor's"])]
-    close(one["actor's"], agent_order / 2, 1e-6)
+    assert not torch.equal(one["mine"], two["mine"]) and torch.equal(one["mean"], two["mean"])
+    close(one["mean"], (one["mine"] + two["mine"]) / 2, 1e-5)
     assert one["obs"].shape == (60, 2, 3) and not (one["obs"] == two["obs"]).all(-1).any()
-
-    assert steps(tmp_path / "run") == list(range(40, 241, 40))
-    assert int(progress(tmp_path / "run")[-1]["updates"]) == (240 - 40) // 4
+    assert steps(tmp_path / "run") == list(range(40, 241, 40)) and progress(tmp_path / "run")[-1]["updates"] == "50"
     saved = checkpoint(tmp_path / "run")["replays"]
     assert all(torch.equal(rings[0], rank["obs"]) for rings, rank in zip(saved, (one, two), strict=True))
     resume = ["--resume", str(tmp_path / "run"), "--total-steps", "300"]
     assert d2r.main(resume) == 2  # not alone
-    assert [learner.ended()[0] for learner in two_ranks(tmp_path, resume)] == [0, 0]
+    assert [ended(rank, tmp_path / "log0")[0] for rank in two_ranks(tmp_path, resume)] == [0, 0]
     for rings, old in zip(checkpoint(tmp_path / "run")["replays"], saved, strict=True):
         assert len(rings[0]) == 75 and all(torch.equal(ring[:60], then) for ring, then in zip(rings, old))
 
 
 def test_the_death_of_a_rank_ends_the_others(tmp_path, pendulums):
-    options = f"{TWO_TASKS} --total-steps 1000000 --log-every 100 --results-dir {tmp_path} --run-name run"
-    learners = two_ranks(tmp_path, options.split())
-    workers = [pid for learner in learners for pid in learner.wait_for_records(tmp_path / "run", 1)]
-    os.kill(learners[1].pid, signal.SIGKILL)
-    code, said = learners[0].ended()
+    ranks = two_ranks(tmp_path, [*ENDLESS.split(), "--results-dir", tmp_path])
+    workers = [pid for rank in ranks for pid in workers_after(rank, tmp_path / "run", 1)]
+    ranks[1].kill()
+    code, said = ended(ranks[0], tmp_path / "log0")
     assert code not in (0, None) and "remote worker" in said
-    learners[1].ended()
+    ranks[1].join()
     assert_ended(workers)
 
 
 def test_torchrun(tmp_path):
-    """The README's command, on the real environment."""
     options = f"--env-id reach-v3 --learning-starts 40 --batch-size 16 --buffer-size 200 {SMALL} --total-steps 80"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
     command = [*launch, *options.split(), "--results-dir", str(tmp_path), "--run-name", "run", "--device", "cpu"]
@@ -1009,12 +869,6 @@ def test_torchrun(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------- README
-def snippet(title):
-    """The first Python block under a heading of the README."""
-    readme = (SCRIPT.parent / "README.md").read_text()
-    return re.search(rf"^## {title}$.*?^```python\n(.*?)^```", readme, re.DOTALL | re.MULTILINE)[1]
-
-
 def test_use_it_elsewhere(capsys):
     """README's example learns, with nothing but the block that it tells to paste, and torch."""
     block, code = SCRIPT.read_text().split("# " + "=" * 118 + "\n")[1], snippet("Use it elsewhere")
@@ -1027,16 +881,14 @@ def test_use_it_elsewhere(capsys):
 
 def test_change_the_environments(tmp_path, monkeypatch):
     """README's example trains on pendulums: their bounds, the entropy for their one action, no success to report."""
-    (tmp_path / "pendulum.py").write_text(snippet("Change it"))
     for name in ("task_names", "make_env"):
         monkeypatch.setattr(d2r, name, getattr(d2r, name))  # put back what the example replaces
     options = TWO_TASKS.replace("5,10", "5,10,15").replace("--batch-size 16", "--batch-size 24")
-    monkeypatch.setattr(sys, "argv", ["pendulum.py", *options.split(), "--total-steps", "600"])
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path("pendulum.py", run_name="__main__")
-    assert ended.value.code == 0
-    (run_dir,) = (tmp_path / "results").iterdir()
+    options += f" --total-steps 600 --results-dir {tmp_path} --run-name run"
+    monkeypatch.setattr(sys, "argv", ["pendulum.py", *options.split()])
+    with pytest.raises(SystemExit, match="0"):
+        exec(snippet("Change it"), {"__name__": "__main__"})
+    run_dir = tmp_path / "run"
     obs, action, _, next_obs, _, _ = checkpoint(run_dir)["replays"][0]
     assert obs.shape == (200, 3, 3) and action.shape == (200, 3, 1) and action.abs().max() <= 1
     gravity, angle = torch.tensor([5.0, 10.0, 15.0]), torch.atan2(obs[..., 1], obs[..., 0])
