@@ -212,9 +212,9 @@ def test_gates(M, K):
 def test_routes_from_outside():
     """A source that is named twice counts once; one that comes later is an error, as is a K beyond M."""
     network, inputs, task = tiny_network(5), torch.randn(6, 3), torch.zeros(6, dtype=torch.long)
-    twice = torch.tensor([[0, 0], [1, 1], [1, 1], [2, 2], [4, 4]]).expand(6, 5, 2)
+    twice = torch.tensor([[0, 0, 0], [1, 1, 0], [1, 1, 2], [2, 2, 0], [4, 4, 1]]).expand(6, 5, 3)
     close(d2r.routing_weights(random_table(6, 5), twice).sum(-1), torch.ones(6, 5), 1e-12)
-    close(network(inputs, task, routes=twice)[0], network(inputs, task, routes=twice[..., :1])[0], 1e-6)
+    close(network(inputs, task, routes=twice)[0], network(inputs, task, routes=twice[..., 1:])[0], 1e-6)
     with pytest.raises(ValueError, match=r"the sources of module i are among modules 0 \.\.\. i-1"):
         network(inputs, task, routes=torch.tensor([[0], [2], [1], [2], [4]]).expand(6, 5, 1))
     with pytest.raises(ValueError, match=r"top_k, 6, must lie between 0 and num_modules, 5"):
@@ -253,10 +253,10 @@ def routed(M, K, H, B, make_module=d2r.BaseModule):
     """Base modules with random parameters; leaves h and logits; routes; and w, kept as the oracle takes them."""
     torch.manual_seed(1)
     base = d2r.BaseModules(7, 2, M, H, True, make_module).double()
+    assert str(base.module[0]) == str(make_module(7, H))
     for parameter in base.parameters():
         nn.init.normal_(parameter)
-    logits = (3 * random_table(B, M)).requires_grad_()
-    h = torch.randn(B, 7, dtype=torch.float64, requires_grad=True)
+    logits, h = (3 * random_table(B, M)).requires_grad_(), torch.randn(B, 7, dtype=torch.float64, requires_grad=True)
     routes = d2r.sample_k(logits.detach() / 2, K)
 
     def table():
@@ -337,9 +337,8 @@ def test_modules_are_computed_for_the_samples_that_use_them():
     assert 0 < len(unused) < 8
     for i in unused:
         modules[i].weight.data.fill_(math.nan)
-    again, _ = network(inputs[:1], task[:1])
-    close(again, output, 1e-6)
-    again.sum().backward()
+    close(network(inputs[:1], task[:1])[0], output, 1e-6)
+    network(inputs[:1], task[:1])[0].sum().backward()
     for i, module in enumerate(modules):
         assert module.weight.grad.isfinite().all() and (module.weight.grad == 0).all() == (i in unused)
 
@@ -406,8 +405,7 @@ def test_update_clips_clamps_and_averages():
     for _ in range(5):
         before = [p.clone() for p in agent.target_critics.parameters()]
         agent.update(*batch)
-        targets, critics = agent.target_critics.parameters(), agent.critics.parameters()
-        for old, critic, target in zip(before, critics, targets, strict=True):
+        for old, critic, target in zip(before, agent.critics.parameters(), agent.target_critics.parameters()):
             close(target, 0.75 * old + 0.25 * critic.detach(), 1e-6)
         for part in (agent.actor.parameters(), *(c.parameters() for c in agent.critics), [agent.log_alpha]):
             gradients = torch.cat([p.grad.flatten() for p in part if p.grad is not None])
@@ -440,8 +438,6 @@ def test_on_a_gpu_nothing_waits_for_the_host(monkeypatch):
     replay.size = 10
     losses = agent.update(*replay.sample(8))
     assert len(losses) == 3 and all(loss.is_meta and loss.shape == (3,) for loss in losses.values())
-    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
-        losses["critic_loss"].mean().item()
 
 
 def test_cuda_graph_copies_its_inputs_and_replays(monkeypatch):
@@ -488,33 +484,42 @@ def test_replay_wraps_around_and_samples_tasks_equally():
 
 # ------------------------------------------------------------------------------------------------- real environment
 @pytest.mark.filterwarnings("ignore:Constant")  # the experts' actions are clipped
-def test_evaluation_knows_an_expert_from_chance():
-    """Meta-World's scripted policies, and random actions, with routes that use modules 0, 1 and 2."""
+def test_evaluation_knows_an_expert():
+    """Meta-World's scripted policies, with routes that use modules 0, 1 and 2."""
     args, tasks, _ = d2r.parse_arguments(["--env-id", "reach-v3,drawer-close-v3"])
-    policies, results = [ENV_POLICY_MAP[task]() for task in tasks], {}
-    routes = torch.tensor([[0, 0], [0, 1], [0, 1], [2, 1]]).expand(2, 4, 2)
+    policies = [ENV_POLICY_MAP[task]() for task in tasks]
 
     def actor(obs, task):
         action = [policy.get_action(o.astype(np.float64)) for policy, o in zip(policies, obs.numpy())]
-        action = torch.tensor(np.array(action)).clamp(-1 + 1e-9, 1 - 1e-9) if scripted else 2 * torch.rand(2, 4) - 1
-        return torch.cat([action.atanh(), action], -1), routes
+        action = torch.tensor(np.array(action)).clamp(-1 + 1e-9, 1 - 1e-9)
+        return torch.cat([action.atanh(), action], -1), torch.tensor([[0, 0], [0, 1], [0, 1], [2, 1]]).expand(2, 4, 2)
 
     with d2r.make_envs(tasks, args, args.seed) as envs:
         agent = types.SimpleNamespace(actor=actor, task=torch.arange(2))
-        for scripted, episodes in ((True, 8), (False, 4)):
-            results[scripted] = d2r.evaluate(agent, envs, tasks, episodes, threading.Event())
-    expert, chance = results[True], results[False]
-    assert expert["success/reach-v3"] >= 0.85 and expert["success/drawer-close-v3"] >= 0.85
-    assert expert["success"] == (expert["success/reach-v3"] + expert["success/drawer-close-v3"]) / 2
-    assert chance["success/reach-v3"] < 0.5 and expert["modules_used/reach-v3"] == 3
-    assert 0 < chance["return/reach-v3"] < expert["return/reach-v3"]
+        results = d2r.evaluate(agent, envs, tasks, 8, threading.Event())
+    assert min(results["success/reach-v3"], results["success/drawer-close-v3"]) >= 0.85 and results["modules_used"] == 3
 
 
-@pytest.mark.parametrize(("goals", "number"), [("fixed", 1), ("random", 12)])
-def test_goals(goals, number):
-    args, _, _ = d2r.parse_arguments(["--goals", goals])
-    env = d2r.make_env("reach-v3", args, args.seed)
-    assert number / 2 < len({tuple(env.reset()[0][-3:]) for _ in range(12)}) <= number
+def test_evaluation_by_hand():
+    """Episodes of 3 and of 2 steps: success in the middle of the first one of a, and at the end of the second one of b."""
+    agent, t = small_agent(tasks=2)[0], itertools.count(1)
+
+    def step(action):
+        now = next(t)
+        ended, infos = np.array([now % 3 == 0, now % 2 == 0]), {"success": np.array([now == 2, False])}
+        infos |= {"final_info": {"success": np.array([False, now == 4])}} if ended.any() else {}
+        return np.zeros((2, 5)), np.array([now, 1.0]), np.zeros(2, bool), ended, infos
+
+    envs = types.SimpleNamespace(reset=lambda: (np.zeros((2, 5)), {}), step=step)
+    results = d2r.evaluate(agent, envs, ["a", "b"], 2, threading.Event())
+    assert (results["success/a"], results["success/b"], results["success"]) == (0.5, 0.5, 0.5)
+    assert (results["return/a"], results["return/b"], results["return"]) == (10.5, 2.0, 6.25)
+
+
+def test_goals():
+    for goals, number in (("fixed", 1), ("random", 12)):
+        env = d2r.make_env("reach-v3", d2r.Args(goals=goals), seed=1)
+        assert number / 2 < len({tuple(env.reset()[0][-3:]) for _ in range(12)}) <= number
 
 
 def test_a_policy_made_with_other_arguments_is_evaluated(capfd):
@@ -545,8 +550,7 @@ def test_a_run_on_meta_world(tmp_path, capsys):
     assert run(tmp_path, f"{options} --total-steps 240 --eval-every 160 --log-every 60") == 0
     run_dir, out = tmp_path / "run", capsys.readouterr().out
     assert "240 steps" in out and "step 120, " in out and "--resume" in out
-    names = {path.name for path in run_dir.iterdir() if "tfevents" not in path.name}
-    assert names == {"args.json", "progress.csv", "checkpoint.pt", "actor.pt"}
+    assert len([*run_dir.glob("events.out.tfevents.*"), *run_dir.glob("*.pt")]) == 3
     facts, records = json.loads((run_dir / "args.json").read_text()), progress(run_dir)
     assert facts["args"]["total_steps"] == 240 and facts["tasks"] == ["reach-v3", "drawer-close-v3"]
     assert facts["versions"]["torch"] == version("torch") and len(facts["commit"]) in (0, 40)
@@ -559,8 +563,8 @@ def test_a_run_on_meta_world(tmp_path, capsys):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run_dir)).Reload()
-    assert [event.step for event in events.Scalars("return/reach-v3")] == [160, 240]
-    assert [event.step for event in events.Scalars("critic_loss")] == steps(run_dir)
+    logged = [[event.step for event in events.Scalars(name)] for name in ("return/reach-v3", "critic_loss")]
+    assert logged == [[160, 240], steps(run_dir)]
     # What the replay holds is what the environment did: also at the truncations, every tenth step. Meta-World's
     # observation ends its first half with the hand and objects now, and has those of the step before in its second.
     obs, action, reward, next_obs, terminated, routes = checkpoint(run_dir)["replays"][0]
@@ -583,6 +587,7 @@ def test_resume(tmp_path, pendulums, capsys):
     assert d2r.main(resume) == 0 and (run_dir / "progress.csv").read_text() == first  # there was nothing left to do
     new = checkpoint(run_dir)
     assert all(torch.equal(new["agent"][name], value) for name, value in old["agent"].items())
+    assert all(torch.equal(new["optimizer"][k]["exp_avg"], v["exp_avg"]) for k, v in old["optimizer"].items())
     assert all(torch.equal(a, b) for a, b in zip(new["replays"][0], old["replays"][0], strict=True))
     with open(run_dir / "progress.csv", "a") as file:
         file.write("500,1,1,1,1\n900,1")  # what a kill leaves: rows from after the checkpoint, and one cut short
@@ -592,7 +597,7 @@ def test_resume(tmp_path, pendulums, capsys):
     newer = checkpoint(run_dir)
     assert torch.equal(newer["replays"][0][0][:120], old["replays"][0][0]) and len(newer["replays"][0][0]) == 150
     moved = [(newer["agent"][name] - value).abs().max() for name, value in old["agent"].items() if "actor" in name]
-    assert max(moved) > 0.2 and newer["optimizer"].keys() == old["optimizer"].keys()  # at the new learning rate
+    assert max(moved) > 0.2  # at the new learning rate
     capsys.readouterr()
     for option, message in (("--top-k 1", "top_k 2"), ("--env-id 10,5", "env_id 5,10"), ("--num-modules 3", "es 4")):
         for how in (resume, ["--evaluate", str(run_dir / "actor.pt")]):
@@ -685,8 +690,7 @@ def test_kill_and_signals(tmp_path, pendulums):
     process = learner(log, [*ENDLESS.split(), "--results-dir", tmp_path, "--checkpoint-minutes", "0.001"])
     workers = workers_after(process, run_dir, 4)
     process.kill()
-    ended(process, log)
-    torch.load(run_dir / "actor.pt", weights_only=True)
+    process.join()
     done = checkpoint(run_dir)["progress"]["global_step"]
     assert done > 0 and len(workers) == 2
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -781,13 +785,10 @@ MISTAKES = f"""
 --env-id MT11: 'MT11' is unknown, or named twice; the nearest are MT10
 --env-id reach-v3,drawer-closed-v3: 'drawer-closed-v3' is unknown, or named twice; the nearest are drawer-close-v3
 --env-id reach-v3,push-v3,reach-v3: 'reach-v3' is unknown, or named twice
---top-k 17: --top-k is 17; it must lie between 0 and 16
---num-modules 300: --num-modules is 300; it must lie between 1 and 256
 --batch-size 1281: --batch-size does not divide into 10 tasks on 1 ranks
 --buffer-size 100: --buffer-size must be at least a batch, 1280
---episode-length 501: --episode-length is 501; it must lie between 1 and 500
 --learning-rate nan: --learning-rate is nan; it must be positive and finite
---max-grad-norm inf: --max-grad-norm is inf; it must be positive and finite
+--top-k 17: --top-k is 17; it must lie between 0 and 16
 --gamma 1.5: --gamma is 1.5; it must lie between 0 and 1
 --encoder-widths: --encoder-widths is 0; it must be positive
 --device cuda: --device is cuda, and PyTorch finds none here; write --device cpu
@@ -853,17 +854,16 @@ def test_the_death_of_a_rank_ends_the_others(tmp_path, pendulums):
     ranks = two_ranks(tmp_path, [*ENDLESS.split(), "--results-dir", tmp_path])
     workers = [pid for rank in ranks for pid in workers_after(rank, tmp_path / "run", 1)]
     ranks[1].kill()
-    code, said = ended(ranks[0], tmp_path / "log0")
-    assert code not in (0, None) and "remote worker" in said
+    assert ended(ranks[0], tmp_path / "log0")[0] == 1 and "remote worker" in (tmp_path / "log0").read_text()
     ranks[1].join()
     assert_ended(workers)
 
 
 def test_torchrun(tmp_path):
     options = f"--env-id reach-v3 --learning-starts 40 --batch-size 16 --buffer-size 200 {SMALL} --total-steps 80"
+    options += f" --results-dir {tmp_path} --run-name run --device cpu"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
-    command = [*launch, *options.split(), "--results-dir", str(tmp_path), "--run-name", "run", "--device", "cpu"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment, command = {**os.environ, "OMP_NUM_THREADS": "1"}, [*launch, *options.split()]
     subprocess.run(command, env=environment, check=True, timeout=120)
     assert steps(tmp_path / "run") == [80] and len(checkpoint(tmp_path / "run")["replays"]) == 2
 
