@@ -8,18 +8,20 @@ Difficult: Multi-Task Deep Reinforcement Learning with Dynamic Depth Routing", A
     concept                  in symbols                                                  here
     routing network          z = router(h * e), h = encoder(s), e = encoder(task)        RoutingNetwork
     Top-K                    the K largest of module i's logits z_i                      top_k
-    Sample-K                 K draws without replacement from softmax(z_i / tau_task)    sample_k
+    Sample-K                 K draws without replacement from softmax(z_i / temperature) sample_k
     routing weights          w_i = softmax(z_i) over the chosen sources only             routing_weights
     depth                    modules that the chosen edges connect to the head           used_modules
     base modules             f_i = relu(W_i x_i + b_i),  o_i = f_i + x_i                 BaseModule, BaseModules
+    wiring                   x_i = sum_j w_ij o_j;  o_0 = f_0 = relu(W_0 relu(h) + b_0)  BaseModules, MixSources
     ResRouting               edge (i, j) sends its gradient to all of o_j, or x_j alone  MixSources, gradient_kept
-    SAC losses               per task; alpha_task, task weights, extreme-loss mask       "losses", Agent.update
-    automatic route balance  tau_task = T softmax(-log alpha)_task                       Agent.temperature
+    SAC losses               per task; alpha_task, task weights, extreme-loss mask       task_losses, Agent.update
+    automatic route balance  temperature_task = T softmax(-log alpha)_task               Agent.temperature
 
 Symbols: T tasks, M modules, H module width, K routing sources, B samples in a batch, n = B / T samples of each task.
 Modules are 0 ... M-1, and the head is module M. Module i takes its sources from modules 0 ... i-1: "row i" of the
-routing table has i entries and feeds module i, i = 1 ... M. A table (., M, M) holds rows 1 ... M in this order.
-`# NOTE:` marks where the authors' code settles or departs from the paper.
+routing table has i entries and feeds module i, i = 1 ... M. A table (B, M, M) holds rows 1 ... M in this order, and so
+do routes (B, M, K), the sources chosen in each. Edge (i, j): module i takes module j as a source.
+`# NOTE:` marks where paper, authors' code and this file differ, or where the code settles what the paper leaves open.
 """
 
 import copy
@@ -28,6 +30,7 @@ import difflib
 import importlib.metadata
 import json
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -53,7 +56,7 @@ from torch import Tensor, nn
 
 @dataclass
 class Args:
-    """Dynamic Depth Routing (D2R) with multi-task SAC. The defaults are the paper's. Steps are of all tasks."""
+    """Dynamic Depth Routing (D2R) with multi-task SAC. The defaults are the paper's, but for eval_episodes."""
 
     env_id: str = "MT10"
     """MT10, MT25, MT50, one Meta-World V3 task (reach-v3) or several (reach-v3,drawer-close-v3)"""
@@ -141,10 +144,9 @@ def init(layer: nn.Linear, head: bool = False) -> nn.Linear:
     # NOTE: the authors' helper takes out_features for the fan-in.
     bound = 3e-3 if head else layer.out_features**-0.5
     nn.init.uniform_(layer.weight, -bound, bound)
+    nn.init.constant_(layer.bias, 0.1)
     if head:
         nn.init.uniform_(layer.bias, -bound, bound)
-    else:
-        nn.init.constant_(layer.bias, 0.1)
     return layer
 
 
@@ -198,9 +200,9 @@ def routing_weights(logits: Tensor, routes: Tensor) -> Tensor:
 
 
 def gradient_kept(logits: Tensor) -> Tensor:
-    """ResRouting: true where the target policy is likely enough to take edge (i, j), p_ij > 1/(i+1). (B, M, M)."""
+    """ResRouting: true where edge (i, j) is likely without Sample-K's temperature, p_ij > 1/(i+1). (B, M, M)."""
     i = torch.arange(1, logits.shape[1] + 1, dtype=logits.dtype, device=logits.device)
-    return logits.softmax(-1) > 1 / (i[:, None] + 1)
+    return logits.softmax(-1) > 1 / (i[:, None] + 1)  # an only source, p = 1, is kept
 
 
 def used_modules(routes: Tensor) -> Tensor:
@@ -215,11 +217,11 @@ def used_modules(routes: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------------- base modules
 class MixSources(torch.autograd.Function):
-    """x_i = sum_j w_ij o_j over the sources of module i, o_j = f_j + x_j. ResRouting: one value is read twice.
+    """x_i = sum_j w_ij o_j over the sources of module i, o_j = f_j + x_j: one value, read twice, with two gradients.
 
-    What module i's own layer, or the head, reads sends its gradient to all of o_j where edge (i, j) is kept, and to x_j
-    alone elsewhere; what the shortcut reads sends it to all of o_j. In plain autograd, with every module computed for
-    every sample, w and kept (B, M, M), and w 0 for what is not chosen, the network from h to its output is
+    ResRouting: what module i itself, or the head, reads sends its gradient to all of o_j where edge (i, j) is kept, and
+    to x_j alone elsewhere; what module i's shortcut reads sends it to all of o_j. In plain autograd, every module being
+    computed for every sample, w and kept (B, M, M), and w 0 where not chosen, the network from h to its output is
 
         def plain(modules, head, h, w, kept):
             f, x = [modules[0](h.relu())], [torch.zeros(())]
@@ -233,35 +235,37 @@ class MixSources(torch.autograd.Function):
             return f[-1]
 
     Here the outputs of all modules lie in one tensor o (S, H), a slot for each module and sample that uses it. The tape
-    (2S, H) is empty; its gradient is that of o, and, in the second half, that of the same outputs with f_j detached.
+    (2S, H) holds no data: it ties the mixings together, from the first to the last, and what flows back along it is the
+    gradient of o, and, in its second half, the gradient of the same outputs with f_j detached.
     """
 
     @staticmethod
-    def forward(ctx, tape, f, x, slots, o, w, own_sources, sources):
-        """Mix, for the n samples that use module i. slots: those of the module before, which put f + x into o.
+    def forward(ctx, tape, f, x, slots, o, w, own_slots, shortcut_slots):
+        """Mix, for the B_i samples that use module i. The module before has put f + x into these slots of o.
 
-        w (n, K) weighs slots, own_sources (n, K) for the layer, sources (n, K) for the shortcut. -> tape, x_i, x_i
+        w (B_i, K) weighs own_slots (B_i, K) for the module, shortcut_slots for its shortcut. -> tape, x_i, x_i
         """
-        picked = F.embedding(sources, o)  # (n, K, H)
+        picked = F.embedding(shortcut_slots, o)  # (B_i, K, H)
         mixed = (picked * w[..., None]).sum(1)
         ctx.slots, ctx.S = slots, len(o)
-        ctx.save_for_backward(w, own_sources, sources, picked)
-        return torch.empty_like(tape), mixed, mixed.detach()
+        ctx.save_for_backward(w, own_slots, shortcut_slots, picked)
+        return torch.empty_like(tape), mixed, mixed.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_o, own, shortcut):
-        w, own_sources, sources, picked = ctx.saved_tensors
-        own, shortcut = own[:, None], shortcut[:, None]  # (n, 1, H)
-        # In place: each mixing hands the gradient of o to the one before, and nobody else sees it.
-        grad_o.index_add_(0, own_sources.flatten(), (w[..., None] * own).flatten(0, 1))
-        grad_o.index_add_(0, sources.flatten(), (w[..., None] * shortcut).flatten(0, 1))
-        grad_f, grad_w = grad_o[ctx.slots], (picked * (own + shortcut)).sum(-1)
-        return grad_o, grad_f, grad_f + grad_o[ctx.S :][ctx.slots], None, None, grad_w, None, None
+    def backward(ctx, grad_tape, grad_own, grad_shortcut):
+        w, own_slots, shortcut_slots, picked = ctx.saved_tensors
+        grad_own, grad_shortcut = grad_own[:, None], grad_shortcut[:, None]  # (B_i, 1, H)
+        # In place: only the mixing after this one made the tape's gradient, and only the one before reads it.
+        grad_tape.index_add_(0, own_slots.flatten(), (w[..., None] * grad_own).flatten(0, 1))
+        grad_tape.index_add_(0, shortcut_slots.flatten(), (w[..., None] * grad_shortcut).flatten(0, 1))
+        grad_f, grad_w = grad_tape[ctx.slots], (picked * (grad_own + grad_shortcut)).sum(-1)
+        return grad_tape, grad_f, grad_f + grad_tape[ctx.S :][ctx.slots], None, None, grad_w, None, None
 
 
 class BaseModule(nn.Linear):
-    """f = relu(W x + b). Any nn.Module from (., in_features) to (., out_features) can stand in its place."""
+    """f = relu(W x + b). In its place can stand any nn.Module from (., in_features) to (., out_features) that treats
+    each sample by itself, and takes none at all. Module 0 reads h, the others H features; all give H."""
 
     def reset_parameters(self):
         init(self)
@@ -296,23 +300,23 @@ class BaseModules(nn.Module):
                 raise ValueError("routes: the sources of module i are among modules 0 ... i-1")
             computed = F.pad(used_modules(routes), (0, 1), value=True).T  # (M + 1, B)
             counts = computed.sum(1).tolist()
-            slot = computed.flatten().cumsum(0).view(M + 1, B) - 1
-            pairs = computed[1:].flatten().nonzero().squeeze(1)  # the (module, sample) that mix sources
+            slot = computed.flatten().cumsum(0).view(M + 1, B) - 1  # of no meaning where not computed
+            pairs = computed[1:].flatten().nonzero().squeeze(1)  # (i, b) that mix sources
         else:  # static shapes, and nothing waits for the host
             counts = [B] * (M + 1)
             slot = torch.arange((M + 1) * B, device=h.device).view(M + 1, B)
             pairs = slice(None)
         S = sum(counts[:-1])
-        sources = slot.T.gather(1, routes.flatten(1)).view(B, M, K)
-        own_sources = torch.where(kept, sources, sources + S)
-        mixes = [t.transpose(0, 1).flatten(0, 1)[pairs] for t in (w, own_sources, sources)]
+        shortcut_slots = slot.T.gather(1, routes.flatten(1)).view(B, M, K)
+        own_slots = torch.where(kept, shortcut_slots, shortcut_slots + S)  # blocked: the tape's second half
+        mixes = [t.transpose(0, 1).flatten(0, 1)[pairs] for t in (w, own_slots, shortcut_slots)]  # module by module
         mixes = [t.split(counts[1:]) for t in mixes]  # of modules 1 ... M-1 and the head
 
         first, *others = self.module
         f = first(F.relu(h))  # every sample uses module 0, and it has no shortcut
         x, start, H = torch.zeros_like(f), 0, f.shape[1]
         o, tape = f.new_empty(S, H), f.new_empty(2 * S, H)
-        for module, *mix in zip([*others, self.head], *mixes):
+        for module, *mix in zip([*others, self.head], *mixes, strict=True):
             slots = slice(start, start + len(f))
             o[slots] = (f + x).detach()
             tape, own, shortcut = MixSources.apply(tape, f, x, slots, o, *mix)
@@ -402,23 +406,22 @@ class Agent(nn.Module):
         sizes = args.num_modules, args.top_k, args.module_width
         options = *sizes, args.encoder_widths, args.router_widths, args.resrouting
         self.actor = D2RNetwork(obs_dim, 2 * action_dim, num_tasks, *options)
-        critics = [D2RNetwork(obs_dim + action_dim, 1, num_tasks, *options) for _ in range(2)]
-        self.critics = nn.ModuleList(critics)
+        self.critics = nn.ModuleList(D2RNetwork(obs_dim + action_dim, 1, num_tasks, *options) for _ in range(2))
         self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.full((num_tasks,), math.log(args.initial_alpha)))
+        self.register_buffer("task", torch.arange(num_tasks), persistent=False)
         self.to(device)
-        self.args, self.task = args, torch.arange(num_tasks, device=device)
+        self.args = args
         self.target_entropy = -action_dim if args.target_entropy is None else args.target_entropy
-        networks = [[*network.parameters()] for network in (self.actor, *self.critics)]
-        self.parts = [*networks, [self.log_alpha]]  # each is clipped by itself
-        rates = [args.learning_rate] * len(networks) + [args.alpha_learning_rate]
+        self.parts = [[*network.parameters()] for network in (self.actor, *self.critics)] + [[self.log_alpha]]
+        rates = 3 * [args.learning_rate] + [args.alpha_learning_rate]
         groups = [{"params": part, "lr": rate} for part, rate in zip(self.parts, rates)]
         self.optimizer = torch.optim.Adam(groups, fused=True, capturable=self.task.is_cuda)
 
     def temperature(self) -> Tensor | None:
-        """Automatic route balancing: Sample-K's tau of each task, (T,): mastered tasks' routes settle. None: Top-K."""
-        tau = task_weights(self.log_alpha) if self.args.route_balancing else torch.ones_like(self.log_alpha)
-        return tau if self.args.sample_k else None
+        """Automatic route balancing: Sample-K's temperature of each task, (T,), low where mastered. None: Top-K."""
+        balanced = task_weights(self.log_alpha) if self.args.route_balancing else torch.ones_like(self.log_alpha)
+        return balanced if self.args.sample_k else None
 
     @torch.no_grad()
     def act(self, obs: Tensor) -> tuple[Tensor, Tensor]:
@@ -427,7 +430,7 @@ class Agent(nn.Module):
         return sample_action(output)[0], routes
 
     def update(self, obs, action, reward, next_obs, terminated, routes) -> dict[str, Tensor]:
-        """One update of everything, from a batch as ReplayBuffer.sample gives it. Returns each task's losses, (T,)."""
+        """One update of everything from (T * n, ...) of each, task by task. Returns each task's losses, (T,)."""
         args, T, n = self.args, len(self.task), len(reward) // len(self.task)
         task = self.task.repeat_interleave(n)  # (B,)
         # Critics: Top-K for the next action and the target critics, Sample-K for the regression.
@@ -470,10 +473,7 @@ class Agent(nn.Module):
 # ======================================================================================================================
 # ------------------------------------------------------------------------------------------------------- replay buffer
 class ReplayBuffer:
-    """A ring per task, in preallocated tensors (capacity, T, ...). The tasks step together, so the rings turn together.
-
-    capacity: transitions of each task. On a CPU memory is taken only as they fill.
-    """
+    """A ring per task, in preallocated tensors (capacity, T, ...). Tasks step together, so the rings turn together."""
 
     def __init__(self, capacity, T, obs_dim, action_dim, M, K, device):
         self.capacity, self.T, self.size, self.position = capacity, T, 0, 0
@@ -484,7 +484,7 @@ class ReplayBuffer:
             ring(),  # reward, as the environment gave it
             ring(obs_dim),  # next observation; at a truncation the episode's true last one
             ring(dtype=torch.bool),  # terminated; a truncation is no termination
-            ring(M, K, dtype=torch.uint8),  # routes: the sources that the behaviour policy chose
+            ring(M, K, dtype=torch.uint8),  # routes of the behaviour policy; so M is at most 256
         ]
 
     def add(self, *transition) -> None:
@@ -543,7 +543,7 @@ def make_envs(tasks: list[str], args: Args, seed: int):
         dead = [task for task, process in zip(tasks, envs.processes) if not process.is_alive()]
         raise RunError(f"the process of {', '.join(dead)} died") from error
     finally:
-        for process in envs.processes:  # they hold nothing that needs a goodbye
+        for process in envs.processes:  # they have nothing to clean up
             process.kill()
             process.join()
         envs.closed = True
@@ -555,7 +555,7 @@ def evaluate(agent: Agent, envs, tasks: list[str], episodes: int, stop) -> dict[
     """Run so many episodes of each task with Top-K routes and tanh(mean). Returns {} where `stop` is set meanwhile.
 
     Prints and returns for each task (success/reach-v3), and averaged (success): success, the share of episodes with one
-    at any step, nan where the environment does not tell; return, an episode's sum of rewards; modules_used, per step.
+    at any step, nan where no environment tells; return, an episode's sum of rewards; modules_used, per step.
     """
     success, episode_return = np.full(len(tasks), np.nan), np.zeros(len(tasks))
     finished, used, steps = [[] for _ in tasks], 0, 0
@@ -601,7 +601,7 @@ class Progress:
 
 def train(args: Args, tasks: list[str], checkpoint: dict | None, device, stop) -> None:
     """Train until --total-steps, or until `stop` is set. Raises UsageError, RunError, OSError."""
-    (rank, ranks), T = world(), len(tasks)
+    T, (rank, ranks) = len(tasks), world()
     run = Progress(**checkpoint["progress"]) if checkpoint else Progress()
     log = RunLog(args, tasks, run, checkpoint) if rank == 0 else None
     rank_args = replace(args, seed=args.seed + 10_000 * rank)
@@ -629,8 +629,8 @@ def train(args: Args, tasks: list[str], checkpoint: dict | None, device, stop) -
         while True:
             action, routes = act(torch.as_tensor(obs, dtype=torch.float32, device=device))
             action = action.cpu().numpy()
-            finite = device.type != "cpu" or all(loss.isfinite().all() for loss in losses.values())
-            if not finite or not np.isfinite(action).all():  # on a GPU nobody waits for the losses
+            losses_fine = device.type != "cpu" or all(loss.isfinite().all() for loss in losses.values())
+            if not (losses_fine and np.isfinite(action).all()):  # on a GPU nobody waits for the losses
                 wrong = [t for loss in losses.values() for t, x in zip(tasks, loss) if not x.isfinite()]
                 raise RunError(f"actions or losses are not finite; tasks with such a loss: {wrong}")
 
@@ -639,17 +639,17 @@ def train(args: Args, tasks: list[str], checkpoint: dict | None, device, stop) -
             if log and (evaluation_due or run.global_step // args.log_every > recorded):
                 recorded = run.global_step // args.log_every
                 record = {name: loss.mean().item() for name, loss in losses.items()}
-                alpha, tau = agent.log_alpha.exp(), agent.temperature()
+                alpha, temperature = agent.log_alpha.exp(), agent.temperature()
                 record |= {f"alpha/{task}": x for task, x in zip(tasks, alpha.tolist())}
-                if tau is not None:
-                    record |= {f"temperature/{task}": x for task, x in zip(tasks, tau.tolist())}
+                if temperature is not None:
+                    record |= {f"temperature/{task}": x for task, x in zip(tasks, temperature.tolist())}
                 if not evaluation_due:
                     log.write(run, record)
                 elif results := evaluate(agent, envs, tasks, args.eval_episodes, stop):
                     run.evaluated_at = run.global_step
                     log.write(run, record | results)
-                    began = time.monotonic() - run.seconds  # the time of evaluations does not count
-                    obs, _ = envs.reset()
+                    began = time.monotonic() - run.seconds  # evaluations do not count
+                    obs, _ = envs.reset()  # the evaluation left episodes of its own; act again
                     continue
 
             # All ranks stop, and save, in the same step.
@@ -678,11 +678,12 @@ def train(args: Args, tasks: list[str], checkpoint: dict | None, device, stop) -
             run.global_step += T * ranks
             run.seconds = time.monotonic() - began
     if log:
-        print(f"ended at step {run.global_step:,}; go on with --resume {log.run_dir}", flush=True)
+        print(
+            f"stopped at step {run.global_step:,} of {args.total_steps:,}; --resume {log.run_dir} goes on", flush=True
+        )
 
 
-# ======================================================================================================================
-# What keeps it running: failures, ranks, CUDA graphs, checkpoints, the log, arguments.
+# ----------------------------------- what keeps it running: failures, ranks, CUDA graphs, checkpoints, log, arguments
 class UsageError(Exception):
     """A mistake in what the user asked for; its message says what is wrong and what to write instead."""
 
@@ -693,13 +694,11 @@ class RunError(Exception):
 
 def world() -> tuple[int, int]:
     """This process's rank, and the number of ranks. Each steps its own copy of the tasks; they average gradients."""
-    if not torch.distributed.is_torchelastic_launched():
-        return 0, 1
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 class CUDAGraph:
-    """A function of tensors of constant shapes, replayed as one CUDA graph after three calls; it overwrites results."""
+    """A function of tensors of constant shapes: after three calls one CUDA graph, which overwrites its results."""
 
     def __init__(self, function):
         self.function, self.calls = function, 0
@@ -733,7 +732,7 @@ def accelerate(agent: Agent):
 
 @contextmanager
 def whole_file(path: Path, mode: str = "w"):
-    """A file that takes the place of `path` once written: a kill or a full disk leaves the last whole one."""
+    """A file that replaces `path` once it is written: a kill or a full disk leaves the last whole one."""
     partial_path = path.with_name(path.name + ".partial")
     try:
         with open(partial_path, mode) as file:
@@ -766,7 +765,7 @@ class RunLog:
     """A run's directory, with args.json, progress.csv and TensorBoard events; terminal lines. Raises UsageError."""
 
     def __init__(self, args: Args, tasks: list[str], run: Progress, checkpoint: dict | None):
-        name = f"{args.env_id}-{args.goals}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+        name = f"{args.env_id[:99]}-{args.goals}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         self.run_dir = Path(args.resume or Path(args.results_dir, args.run_name or name))
         if not args.resume and (self.run_dir / "args.json").exists():
             raise UsageError(f"--run-name: {self.run_dir} holds a run; choose another, or --resume it")
@@ -791,7 +790,7 @@ class RunLog:
 
     def write(self, run: Progress, record: dict[str, float]) -> None:
         steps, seconds = run.global_step - self.last.global_step, run.seconds - self.last.seconds
-        speed = steps / seconds if steps else math.nan  # a resumed run may begin with an evaluation
+        speed = steps / seconds if steps else math.nan  # no steps: resumed, then evaluated
         hours = (self.args.total_steps / run.global_step - 1) * run.seconds / 3600
         print(f"step {run.global_step:,}, {speed:,.1f} steps/s, {hours:.1f} hours left", flush=True)
         record = asdict(run) | {"steps_per_second": speed} | record
@@ -811,11 +810,10 @@ class RunLog:
 def load(args: Args, argv: list[str] | None) -> tuple[dict, Args]:
     """What --resume or --evaluate names, and its arguments with those of argv given anew. Raises UsageError."""
     option, path, part = "--resume", f"{args.resume}/checkpoint.pt", "replays"
-    fixed = ["env_id", "num_modules", "top_k", "module_width", "encoder_widths", "router_widths"]
     if args.evaluate:
         option, path, part = "--evaluate", args.evaluate, "actor"
-    else:
-        fixed += ["goals", "episode_length", "seed", "buffer_size"]
+    fixed = ["env_id", "num_modules", "top_k", "module_width", "encoder_widths", "router_widths"]
+    fixed += [] if args.evaluate else ["goals", "episode_length", "seed", "buffer_size"]
     try:
         damaged = zipfile.ZipFile(path).testzip()
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -829,7 +827,7 @@ def load(args: Args, argv: list[str] | None) -> tuple[dict, Args]:
     args = tyro.cli(Args, args=argv, default=replace(old, resume=args.resume, evaluate=args.evaluate))
     for name in fixed:
         if getattr(args, name) != getattr(old, name):
-            raise UsageError(f"{option}: {path} was made with {name} {getattr(old, name)}; leave it out")
+            raise UsageError(f"{option}: {path} was made with {name} {getattr(old, name)}; do not change it")
     return saved, args
 
 
@@ -856,12 +854,12 @@ def parse_arguments(argv: list[str] | None) -> tuple[Args, list[str], dict | Non
                 wanted = f"lie between {low} and {high}" if name in ranges else "be positive and finite"
                 raise UsageError(f"--{name.replace('_', '-')} is {number}; it must {wanted}")
     if args.batch_size % (T * ranks):
-        raise UsageError(f"--batch-size does not divide into {T} tasks on {ranks} ranks")
+        raise UsageError(f"--batch-size is {args.batch_size}; it must be a multiple of tasks times ranks, {T * ranks}")
     if args.buffer_size < args.batch_size:
         raise UsageError(f"--buffer-size must be at least a batch, {args.batch_size}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device is cuda, and PyTorch finds none here; write --device cpu")
-    if args.resume and len(saved["replays"]) != ranks:
+    if args.resume and not args.evaluate and len(saved["replays"]) != ranks:
         raise UsageError("--resume: start as many ranks as before, with torchrun")
     return args, tasks, saved
 
@@ -893,6 +891,9 @@ def main(argv: list[str] | None = None) -> int:
     except (UsageError, RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+    finally:  # workers of environments that do not fit together are left over, and ignore SIGTERM
+        for process in multiprocessing.active_children():
+            process.kill()
 
 
 if __name__ == "__main__":
