@@ -249,16 +249,16 @@ class MixSources(torch.autograd.Function):
         mixed = (picked * w[..., None]).sum(1)
         ctx.slots, ctx.S = slots, len(o)
         ctx.save_for_backward(w, own_slots, shortcut_slots, picked)
-        return torch.empty_like(tape), mixed, mixed.clone()
+        return torch.empty_like(tape), mixed, mixed.clone()  # modules may work in place
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_tape, grad_own, grad_shortcut):
         w, own_slots, shortcut_slots, picked = ctx.saved_tensors
-        grad_own, grad_shortcut = grad_own[:, None], grad_shortcut[:, None]  # (B_i, 1, H)
+        w, grad_own, grad_shortcut = w[..., None], grad_own[:, None], grad_shortcut[:, None]
         # In place: only the mixing after this one made the tape's gradient, and only the one before reads it.
-        grad_tape.index_add_(0, own_slots.flatten(), (w[..., None] * grad_own).flatten(0, 1))
-        grad_tape.index_add_(0, shortcut_slots.flatten(), (w[..., None] * grad_shortcut).flatten(0, 1))
+        grad_tape.index_add_(0, own_slots.flatten(), (w * grad_own).flatten(0, 1))  # (B_i * K, H)
+        grad_tape.index_add_(0, shortcut_slots.flatten(), (w * grad_shortcut).flatten(0, 1))
         grad_f, grad_w = grad_tape[ctx.slots], (picked * (grad_own + grad_shortcut)).sum(-1)
         return grad_tape, grad_f, grad_f + grad_tape[ctx.S :][ctx.slots], None, None, grad_w, None, None
 
@@ -300,7 +300,7 @@ class BaseModules(nn.Module):
                 raise ValueError("routes: the sources of module i are among modules 0 ... i-1")
             computed = F.pad(used_modules(routes), (0, 1), value=True).T  # (M + 1, B)
             counts = computed.sum(1).tolist()
-            slot = computed.flatten().cumsum(0).view(M + 1, B) - 1  # of no meaning where not computed
+            slot = computed.flatten().cumsum(0).view(M + 1, B) - 1  # only where computed
             pairs = computed[1:].flatten().nonzero().squeeze(1)  # (i, b) that mix sources
         else:  # static shapes, and nothing waits for the host
             counts = [B] * (M + 1)
@@ -308,8 +308,8 @@ class BaseModules(nn.Module):
             pairs = slice(None)
         S = sum(counts[:-1])
         shortcut_slots = slot.T.gather(1, routes.flatten(1)).view(B, M, K)
-        own_slots = torch.where(kept, shortcut_slots, shortcut_slots + S)  # blocked: the tape's second half
-        mixes = [t.transpose(0, 1).flatten(0, 1)[pairs] for t in (w, own_slots, shortcut_slots)]  # module by module
+        own_slots = torch.where(kept, shortcut_slots, shortcut_slots + S)  # blocked: second half
+        mixes = [t.transpose(0, 1).flatten(0, 1)[pairs] for t in (w, own_slots, shortcut_slots)]
         mixes = [t.split(counts[1:]) for t in mixes]  # of modules 1 ... M-1 and the head
 
         first, *others = self.module
@@ -456,7 +456,7 @@ class Agent(nn.Module):
         loss = torch.where(summed > args.max_task_loss, 0.0, summed).mean()
         self.optimizer.zero_grad()
         loss.backward()
-        if torch.distributed.is_initialized():  # the mean over the ranks of torchrun, which see other data
+        if torch.distributed.is_initialized():  # the mean over torchrun's ranks
             gradients = [p.grad for p in self.parameters() if p.grad is not None]
             total = nn.utils.parameters_to_vector(gradients)
             torch.distributed.all_reduce(total)
@@ -514,7 +514,7 @@ def task_names(env_id: str) -> list[str]:
     for task in tasks:
         if task not in known or tasks.count(task) > 1:
             near = ", ".join(difflib.get_close_matches(task, [*BUDGETS, *known], cutoff=0))
-            raise UsageError(f"--env-id: {task!r} is unknown, or named twice; the nearest are {near}")
+            raise UsageError(f"--env-id: {task!r} is unknown, or named twice; the nearest: {near}")
     return tasks
 
 
@@ -629,9 +629,9 @@ def train(args: Args, tasks: list[str], checkpoint: dict | None, device, stop) -
         while True:
             action, routes = act(torch.as_tensor(obs, dtype=torch.float32, device=device))
             action = action.cpu().numpy()
-            losses_fine = device.type != "cpu" or all(loss.isfinite().all() for loss in losses.values())
-            if not (losses_fine and np.isfinite(action).all()):  # on a GPU nobody waits for the losses
-                wrong = [t for loss in losses.values() for t, x in zip(tasks, loss) if not x.isfinite()]
+            losses_fine = device.type != "cpu" or all(x.isfinite().all() for x in losses.values())
+            if not (losses_fine and np.isfinite(action).all()):  # losses on a GPU: nobody waits
+                wrong = [t for v in losses.values() for t, x in zip(tasks, v) if not x.isfinite()]
                 raise RunError(f"actions or losses are not finite; tasks with such a loss: {wrong}")
 
             next_evaluation = min((run.evaluated_at // args.eval_every + 1) * args.eval_every, args.total_steps)
@@ -640,9 +640,9 @@ def train(args: Args, tasks: list[str], checkpoint: dict | None, device, stop) -
                 recorded = run.global_step // args.log_every
                 record = {name: loss.mean().item() for name, loss in losses.items()}
                 alpha, temperature = agent.log_alpha.exp(), agent.temperature()
-                record |= {f"alpha/{task}": x for task, x in zip(tasks, alpha.tolist())}
+                record |= {f"alpha/{t}": x for t, x in zip(tasks, alpha.tolist())}
                 if temperature is not None:
-                    record |= {f"temperature/{task}": x for task, x in zip(tasks, temperature.tolist())}
+                    record |= {f"temperature/{t}": x for t, x in zip(tasks, temperature.tolist())}
                 if not evaluation_due:
                     log.write(run, record)
                 elif results := evaluate(agent, envs, tasks, args.eval_episodes, stop):
@@ -791,8 +791,8 @@ class RunLog:
     def write(self, run: Progress, record: dict[str, float]) -> None:
         steps, seconds = run.global_step - self.last.global_step, run.seconds - self.last.seconds
         speed = steps / seconds if steps else math.nan  # no steps: resumed, then evaluated
-        hours = (self.args.total_steps / run.global_step - 1) * run.seconds / 3600
-        print(f"step {run.global_step:,}, {speed:,.1f} steps/s, {hours:.1f} hours left", flush=True)
+        left = (self.args.total_steps / run.global_step - 1) * run.seconds / 3600
+        print(f"step {run.global_step:,}, {speed:,.1f} steps/s, {left:.1f} hours left", flush=True)
         record = asdict(run) | {"steps_per_second": speed} | record
         with open(self.path, "a") as file:
             cells = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in record.items()}

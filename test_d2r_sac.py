@@ -786,8 +786,8 @@ def test_a_full_disk_leaves_the_last_files_whole(tmp_path, pendulums, capsys):
 
 
 MISTAKES = f"""
---env-id MT11: 'MT11' is unknown, or named twice; the nearest are MT10
---env-id reach-v3,drawer-closed-v3: 'drawer-closed-v3' is unknown, or named twice; the nearest are drawer-close-v3
+--env-id MT11: 'MT11' is unknown, or named twice; the nearest: MT10
+--env-id reach-v3,drawer-closed-v3: 'drawer-closed-v3' is unknown, or named twice; the nearest: drawer-close-v3
 --env-id reach-v3,push-v3,reach-v3: 'reach-v3' is unknown, or named twice
 --batch-size 1281: --batch-size is 1281; it must be a multiple of tasks times ranks, 10
 --buffer-size 100: --buffer-size must be at least a batch, 1280
