@@ -159,7 +159,7 @@ def mlp(*widths: int) -> nn.Sequential:
 
 
 class RoutingNetwork(nn.Module):
-    """State and task to the embedding h and the routing logits."""
+    """Embeds state and task, and from both gives the routing logits."""
 
     def __init__(self, input_dim, num_tasks, num_modules, encoder_widths, router_widths):
         super().__init__()
@@ -202,7 +202,7 @@ def routing_weights(logits: Tensor, routes: Tensor) -> Tensor:
 def gradient_kept(logits: Tensor) -> Tensor:
     """ResRouting: true where edge (i, j) is likely without Sample-K's temperature, p_ij > 1/(i+1). (B, M, M)."""
     i = torch.arange(1, logits.shape[1] + 1, dtype=logits.dtype, device=logits.device)
-    return logits.softmax(-1) > 1 / (i[:, None] + 1)  # an only source, p = 1, is kept
+    return logits.softmax(-1) > 1 / (i[:, None] + 1)  # a sole source, p = 1, is kept
 
 
 def used_modules(routes: Tensor) -> Tensor:
@@ -217,7 +217,7 @@ def used_modules(routes: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------------- base modules
 class MixSources(torch.autograd.Function):
-    """x_i = sum_j w_ij o_j over the sources of module i, o_j = f_j + x_j: one value, read twice, with two gradients.
+    """x_i = sum_j w_ij o_j over the sources of module i, o_j = f_j + x_j: returned twice, with two gradients.
 
     ResRouting: what module i itself, or the head, reads sends its gradient to all of o_j where edge (i, j) is kept, and
     to x_j alone elsewhere; what module i's shortcut reads sends it to all of o_j. In plain autograd, every module being
@@ -241,7 +241,7 @@ class MixSources(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, tape, f, x, slots, o, w, own_slots, shortcut_slots):
-        """Mix, for the B_i samples that use module i. The module before has put f + x into these slots of o.
+        """Mix, for the B_i samples that use module i. f and x are of the module before, whose f + x is in o[slots].
 
         w (B_i, K) weighs own_slots (B_i, K) for the module, shortcut_slots for its shortcut. -> tape, x_i, x_i
         """
@@ -265,7 +265,7 @@ class MixSources(torch.autograd.Function):
 
 class BaseModule(nn.Linear):
     """f = relu(W x + b). In its place can stand any nn.Module from (., in_features) to (., out_features) that treats
-    each sample by itself, and takes none at all. Module 0 reads h, the others H features; all give H."""
+    each sample by itself, and accepts an empty batch. Module 0 reads h, the others H features; all give H."""
 
     def reset_parameters(self):
         init(self)
@@ -327,7 +327,7 @@ class BaseModules(nn.Module):
 class D2RNetwork(nn.Module):
     """A routing network with its base modules: an actor (output: mean and log std), a critic (output: Q), or any other.
 
-    top_k 0: soft routing over every earlier module. make_module: a function of the widths of input and output.
+    top_k 0: soft routing over every earlier module. make_module(width_in, width_out) makes a base module.
     """
 
     def __init__(self, input_dim, output_dim, num_tasks, num_modules=16, top_k=2, module_width=128,
@@ -372,7 +372,7 @@ def sample_action(output: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def task_weights(log_alpha: Tensor) -> Tensor:
-    """T softmax(-log alpha), (T,), of mean 1: large for a task whose alpha is low, that is, not yet mastered."""
+    """T softmax(-log alpha), (T,), of mean 1. A mastered task's policy is narrow, so alpha rises: it weighs less."""
     return len(log_alpha) * (-log_alpha.detach()).softmax(0)
 
 
@@ -425,7 +425,7 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def act(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        """One observation of each task (T, obs_dim) -> actions (T, A), routes (T, M, K); both sampled."""
+        """One observation of each task (T, obs_dim) -> actions (T, A), sampled, and their routes (T, M, K)."""
         output, routes = self.actor(obs, self.task, temperature=self.temperature())
         return sample_action(output)[0], routes
 
@@ -678,9 +678,7 @@ def train(args: Args, tasks: list[str], checkpoint: dict | None, device, stop) -
             run.global_step += T * ranks
             run.seconds = time.monotonic() - began
     if log:
-        print(
-            f"stopped at step {run.global_step:,} of {args.total_steps:,}; --resume {log.run_dir} goes on", flush=True
-        )
+        print(f"ended at step {run.global_step:,} of {args.total_steps:,}; to go on: --resume {log.run_dir}")
 
 
 # ----------------------------------- what keeps it running: failures, ranks, CUDA graphs, checkpoints, log, arguments

@@ -274,7 +274,7 @@ def measure(env_id, batch_size, device, before) -> None:
         rows.append((f"memory of the {T} workers together", f"{run['workers']:.2f} GB", ""))
         if device.type == "cuda":
             rows.append(("peak memory on the GPU", f"{run['gpu']:.2f} GB", ""))
-    print(f"\n## {env_id}, batch {batch_size:,}\n\n| | median (quartiles) | of the floors |\n|---|---|---|")
+    print(f"\n## {env_id}, batch {batch_size:,}\n\n| | median (quartiles) | multiple of the floors |\n|---|---|---|")
     for row in rows:
         print(f"| {' | '.join(row)} |", flush=True)
 
