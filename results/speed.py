@@ -138,14 +138,16 @@ def updates_and_acting(env_id, batch_size, device, before, rows) -> float:
         used = samples_used(update)
         floors["the modules used"] = matrix_products(agent.args, T, device, used)
     times = {name: [] for name in (*floors, *agents, *(f"acting, {name}" for name in agents))}
-    for measured in (False, *[True] * ROUNDS):  # the first round warms up, compiles and captures
+    for warming_up in (True, *[False] * ROUNDS):  # and compiling, and capturing
         for name, (multiply, _) in floors.items():
-            times[name] += [seconds(multiply, device) for _ in range(CALLS + 1)][1:] * measured
+            times[name] += [seconds(multiply, device) for _ in range(CALLS + 1)][1:]
         for name in random.sample([*agents], len(agents)):
             _, update, act = agents[name]
-            pairs = [(seconds(update, device), seconds(act, device)) for _ in range(CALLS + 1)][1:] * measured
+            pairs = [(seconds(update, device), seconds(act, device)) for _ in range(CALLS + 1)][1:]
             times[name] += [pair[0] for pair in pairs]
             times[f"acting, {name}"] += [pair[1] for pair in pairs]
+        if warming_up:
+            times = {name: [] for name in times}
     medians = {name: statistics.median(values) for name, values in times.items()}
     for name, values in times.items():
         median, low, high = quartiles(values)
