@@ -217,7 +217,7 @@ def used_modules(routes: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------------- base modules
 class MixSources(torch.autograd.Function):
-    """x_i = sum_j w_ij o_j over the sources of module i, o_j = f_j + x_j: returned twice, with two gradients.
+    """x_i = sum_j w_ij o_j over the sources of module i, o_j = f_j + x_j.
 
     ResRouting: what module i itself, or the head, reads sends its gradient to all of o_j where edge (i, j) is kept, and
     to x_j alone elsewhere; what module i's shortcut reads sends it to all of o_j. In plain autograd, every module being
@@ -235,32 +235,33 @@ class MixSources(torch.autograd.Function):
             return f[-1]
 
     Here the outputs of all modules lie in one tensor o (S, H), a slot for each module and sample that uses it. The tape
-    (2S, H) holds no data: it ties the mixings together, from the first to the last, and what flows back along it is the
-    gradient of o, and, in its second half, the gradient of the same outputs with f_j detached.
+    (S, 2, H) holds no data: it ties the mixings together, from the first to the last, and what flows back along it are
+    the gradients of all f_j and of all x_j.
     """
 
     @staticmethod
-    def forward(ctx, tape, f, x, slots, o, w, own_slots, shortcut_slots):
-        """Mix, for the B_i samples that use module i. f and x are of the module before, whose f + x is in o[slots].
+    def forward(ctx, tape, f, f_slots, x_slots, o, w, w_kept, slots):
+        """Mix, for the B_i samples that use module i, what lies in o[slots], weighed by w. -> tape, x_i (B_i, H)
 
-        w (B_i, K) weighs own_slots (B_i, K) for the module, shortcut_slots for its shortcut. -> tape, x_i, x_i
+        w, slots (B_i, K). w_kept (B_i, K, 2): w where f_j gets what module i sends back, and where x_j gets it, else 0.
+        f is of the module before and belongs to f_slots, x_i to x_slots.
         """
-        picked = F.embedding(shortcut_slots, o)  # (B_i, K, H)
-        mixed = (picked * w[..., None]).sum(1)
-        ctx.slots, ctx.S = slots, len(o)
-        ctx.save_for_backward(w, own_slots, shortcut_slots, picked)
-        return torch.empty_like(tape), mixed, mixed.clone()  # modules may work in place
+        picked = F.embedding(slots, o)  # (B_i, K, H)
+        ctx.f_slots, ctx.x_slots = f_slots, x_slots
+        ctx.save_for_backward(w, w_kept, slots, picked)
+        return torch.empty_like(tape), (picked * w[..., None]).sum(1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_tape, grad_own, grad_shortcut):
-        w, own_slots, shortcut_slots, picked = ctx.saved_tensors
-        w, grad_own, grad_shortcut = w[..., None], grad_own[:, None], grad_shortcut[:, None]
+    def backward(ctx, grad_tape, grad_own):
+        w, w_kept, slots, picked = ctx.saved_tensors
+        grad_own, grad_shortcut = grad_own[:, None], grad_tape[ctx.x_slots, 1:]  # (B_i, 1, H)
+        grad_w = (picked * (grad_own + grad_shortcut)).sum(-1)
+        grad_o = w_kept[..., None] * grad_own[:, None]  # (B_i, K, 2, H)
+        grad_o.addcmul_(w[..., None, None], grad_shortcut[:, None])
         # In place: only the mixing after this one made the tape's gradient, and only the one before reads it.
-        grad_tape.index_add_(0, own_slots.flatten(), (w * grad_own).flatten(0, 1))  # (B_i * K, H)
-        grad_tape.index_add_(0, shortcut_slots.flatten(), (w * grad_shortcut).flatten(0, 1))
-        grad_f, grad_w = grad_tape[ctx.slots], (picked * (grad_own + grad_shortcut)).sum(-1)
-        return grad_tape, grad_f, grad_f + grad_tape[ctx.S :][ctx.slots], None, None, grad_w, None, None
+        grad_tape.index_add_(0, slots.flatten(), grad_o.flatten(0, 1))
+        return grad_tape, grad_tape[ctx.f_slots, 0], None, None, None, grad_w, None, None
 
 
 class BaseModule(nn.Linear):
@@ -290,37 +291,33 @@ class BaseModules(nn.Module):
     def forward(self, h: Tensor, logits: Tensor, routes: Tensor) -> Tensor:
         """h (B, embedding_dim), logits (B, M, M), routes (B, M, K) -> (B, output_dim). Raises ValueError."""
         B, M, K = routes.shape
-        routes = routes.long()
-        w, kept = routing_weights(logits, routes), torch.ones_like(routes, dtype=torch.bool)
-        if self.resrouting:
-            kept = gradient_kept(logits).gather(-1, routes)
-        # counts: for how many samples modules 0 ... M-1 and the head are computed. slot: where in o their outputs lie.
-        if h.is_cpu and not torch.compiler.is_compiling():
-            if (routes >= torch.arange(1, M + 1)[:, None]).any():
+        # counts: for how many samples modules 0 ... M-1 and the head are computed. slots: where in o a source's output lies.
+        counts, mixing, H = [B] * (M + 1), slice(None), self.head.in_features
+        sources = routes.transpose(0, 1).contiguous().long()  # (M, B, K)
+        slots = B * sources + torch.arange(B, device=h.device)[:, None]
+        if h.is_cpu and not torch.compiler.is_compiling():  # else static shapes, and nothing waits for the host
+            if (sources >= torch.arange(1, M + 1)[:, None, None]).any():
                 raise ValueError("routes: the sources of module i are among modules 0 ... i-1")
-            computed = F.pad(used_modules(routes), (0, 1), value=True).T  # (M + 1, B)
-            counts = computed.sum(1).tolist()
-            slot = computed.flatten().cumsum(0).view(M + 1, B) - 1  # only where computed
-            pairs = computed[1:].flatten().nonzero().squeeze(1)  # (i, b) that mix sources
-        else:  # static shapes, and nothing waits for the host
-            counts = [B] * (M + 1)
-            slot = torch.arange((M + 1) * B, device=h.device).view(M + 1, B)
-            pairs = slice(None)
-        S = sum(counts[:-1])
-        shortcut_slots = slot.T.gather(1, routes.flatten(1)).view(B, M, K)
-        own_slots = torch.where(kept, shortcut_slots, shortcut_slots + S)  # blocked: second half
-        mixes = [t.transpose(0, 1).flatten(0, 1)[pairs] for t in (w, own_slots, shortcut_slots)]
-        mixes = [t.split(counts[1:]) for t in mixes]  # of modules 1 ... M-1 and the head
+            computed = F.pad(used_modules(routes), (0, 1), value=True).T.flatten()  # (i, b)
+            counts = computed.view(M + 1, B).sum(1).tolist()
+            slots = (computed.cumsum(0) - 1)[slots]
+            mixing = computed[B:].nonzero().squeeze(1)
+        w = routing_weights(logits.transpose(0, 1), sources)
+        w_kept = torch.stack([w, w], dim=-1).detach()
+        if self.resrouting:
+            w_kept[..., 0] *= gradient_kept(logits).transpose(0, 1).gather(-1, sources)
+        mixes = [t.flatten(0, 1)[mixing].split(counts[1:]) for t in (w, w_kept, slots)]  # by module
 
         first, *others = self.module
-        f = first(F.relu(h))  # every sample uses module 0, and it has no shortcut
-        x, start, H = torch.zeros_like(f), 0, f.shape[1]
-        o, tape = f.new_empty(S, H), f.new_empty(2 * S, H)
+        f, f_slots = first(F.relu(h)), slice(0, B)  # every sample uses module 0, and it has no shortcut
+        o, tape = f.new_empty(sum(counts), H), f.new_empty(sum(counts), 2, H)
+        o[f_slots] = 0
         for module, *mix in zip([*others, self.head], *mixes, strict=True):
-            slots = slice(start, start + len(f))
-            o[slots] = (f + x).detach()
-            tape, own, shortcut = MixSources.apply(tape, f, x, slots, o, *mix)
-            f, x, start = module(own), shortcut, slots.stop
+            o[f_slots].add_(f.detach())
+            x_slots = slice(f_slots.stop, f_slots.stop + len(mix[0]))
+            tape, x = MixSources.apply(tape, f, f_slots, x_slots, o, *mix)
+            o[x_slots] = x.detach()  # before the module, which may work in place
+            f, f_slots = module(x), x_slots
         return f
 
 
