@@ -118,7 +118,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the networks and the replay are; auto: cuda where there is one"""
     compile: bool = False
-    """torch.compile for the networks; on CUDA acting and the whole update also become CUDA graphs"""
+    """torch.compile for the networks"""
     torch_deterministic: bool = False
     """only deterministic algorithms; on CUDA also float32 products instead of TF32"""
     results_dir: str = "results"
@@ -351,10 +351,23 @@ class D2RNetwork(nn.Module):
 
 
 # --------------------------------------------------------------------------- actor, critics, losses, route balancing
-def q_values(critics, obs, action, task, temperature=None) -> Tensor:
-    """obs (B, obs_dim), action (B, A), task (B,) -> Q of each critic (2, B). Routes as in D2RNetwork.forward."""
-    inputs = torch.cat([obs, action], dim=-1)
-    return torch.stack([critic(inputs, task, temperature=temperature)[0] for critic in critics]).squeeze(-1)
+def side_by_side(*functions) -> list:
+    """The results of functions that do not need each other's: one after the other, or in a CUDA graph side by side."""
+    if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        return [function() for function in functions]
+    stream, branches, results = torch.cuda.current_stream(), [torch.cuda.Stream() for _ in functions], []
+    for branch, function in zip(branches, functions):
+        branch.wait_stream(stream)
+        with torch.cuda.stream(branch):  # autograd goes back in the stream in which a function ran
+            results.append(function())
+    for branch in branches:
+        stream.wait_stream(branch)
+    return results
+
+
+def q_value(critic, obs, action, task, temperature=None) -> Tensor:
+    """obs (B, obs_dim), action (B, A), task (B,) -> Q (B,). Routes as in D2RNetwork.forward."""
+    return critic(torch.cat([obs, action], dim=-1), task, temperature=temperature)[0].squeeze(-1)
 
 
 def sample_action(output: Tensor) -> tuple[Tensor, Tensor]:
@@ -413,7 +426,7 @@ class Agent(nn.Module):
         self.parts = [[*network.parameters()] for network in (self.actor, *self.critics)] + [[self.log_alpha]]
         rates = 3 * [args.learning_rate] + [args.alpha_learning_rate]
         groups = [{"params": part, "lr": rate} for part, rate in zip(self.parts, rates)]
-        self.optimizer = torch.optim.Adam(groups, fused=True, capturable=self.task.is_cuda)
+        self.optimizer = torch.optim.Adam(groups, fused=True)
 
     def temperature(self) -> Tensor | None:
         """Automatic route balancing: Sample-K's temperature of each task, (T,), low where mastered. None: Top-K."""
@@ -430,22 +443,31 @@ class Agent(nn.Module):
         """One update of everything from (T * n, ...) of each, task by task. Returns each task's losses, (T,)."""
         args, T, n = self.args, len(self.task), len(reward) // len(self.task)
         task = self.task.repeat_interleave(n)  # (B,)
-        # Critics: Top-K for the next action and the target critics, Sample-K for the regression.
-        with torch.no_grad():
-            next_action, next_log_prob = sample_action(self.actor(next_obs, task)[0])
-            next_q = q_values(self.target_critics, next_obs, next_action, task).view(2, T, n)
-            reward, terminated = args.reward_scale * reward.view(T, n), terminated.view(T, n)
-            target = td_target(reward, terminated, next_q, next_log_prob.view(T, n), self.log_alpha, args.gamma)
-        q = q_values(self.critics, obs, action, task, self.temperature()).view(2, T, n)
-        # Actor: the replayed routes, weighted by today's logits. The critics judge with Top-K and learn nothing.
-        # NOTE: ResRouting also holds inside these critics, for the gradient to the action, as in the authors' code.
-        action, log_prob = sample_action(self.actor(obs, task, routes=routes)[0])
+        temperature, (critic_1, critic_2), (target_1, target_2) = self.temperature(), self.critics, self.target_critics
+        # The next action: Top-K. The critics' regression: Sample-K. The actor's loss: the replayed routes, weighted by
+        # today's logits.
+        (next_action, next_log_prob), *q, (policy_action, log_prob) = side_by_side(
+            torch.no_grad()(lambda: sample_action(self.actor(next_obs, task)[0])),
+            lambda: q_value(critic_1, obs, action, task, temperature),
+            lambda: q_value(critic_2, obs, action, task, temperature),
+            lambda: sample_action(self.actor(obs, task, routes=routes)[0]),
+        )
+        # Target critics, and the critics inside the actor's loss, which judge with Top-K, too, and learn nothing.
+        # NOTE: ResRouting also holds inside the latter, for the gradient to the action, as in the authors' code.
         learning = [p for p in self.critics.parameters() if p.requires_grad]  # some may be frozen
         for parameter in learning:
             parameter.requires_grad_(False)
-        policy_q = q_values(self.critics, obs, action, task).view(2, T, n)
+        *next_q, policy_q_1, policy_q_2 = side_by_side(
+            lambda: q_value(target_1, next_obs, next_action, task),
+            lambda: q_value(target_2, next_obs, next_action, task),
+            lambda: q_value(critic_1, obs, policy_action, task),
+            lambda: q_value(critic_2, obs, policy_action, task),
+        )
         for parameter in learning:
             parameter.requires_grad_(True)
+        q, next_q, policy_q = [torch.stack(pair).view(2, T, n) for pair in (q, next_q, (policy_q_1, policy_q_2))]
+        reward, terminated = args.reward_scale * reward.view(T, n), terminated.view(T, n)
+        target = td_target(reward, terminated, next_q, next_log_prob.view(T, n), self.log_alpha, args.gamma)
         losses = task_losses(q, target, policy_q, log_prob.view(T, n), self.log_alpha, self.target_entropy)
 
         # NOTE: only in the authors' code, after PaCo: a task whose loss exceeds the limit is left out.
@@ -474,28 +496,27 @@ class ReplayBuffer:
 
     def __init__(self, capacity, T, obs_dim, action_dim, M, K, device):
         self.capacity, self.T, self.size, self.position = capacity, T, 0, 0
-        ring = partial(torch.empty, capacity, T, device=device)
-        self.rings = [
-            ring(obs_dim),  # observation
-            ring(action_dim),  # action, in [-1, 1]
-            ring(),  # reward, as the environment gave it
-            ring(obs_dim),  # next observation; at a truncation the episode's true last one
-            ring(dtype=torch.bool),  # terminated; a truncation is no termination
-            ring(M, K, dtype=torch.uint8),  # routes of the behaviour policy; so M is at most 256
-        ]
+        # Observation; action, in [-1, 1]; reward, as the environment gave it; next observation, at a truncation the
+        # episode's true last one; 1 where terminated: a truncation is no termination.
+        self.widths = obs_dim, action_dim, 1, obs_dim, 1
+        self.transitions = torch.empty(capacity, T, sum(self.widths), device=device)
+        self.routes = torch.empty(capacity, T, M, K, dtype=torch.uint8, device=device)  # so M is at most 256
 
-    def add(self, *transition) -> None:
-        """Store one step of every task, (T, ...) each, in the order of the rings, over the oldest one."""
-        for ring, value in zip(self.rings, transition):
-            ring[self.position] = torch.as_tensor(value)
+    def add(self, obs, action, reward, next_obs, terminated, routes) -> None:
+        """Store one step of every task, (T, ...) arrays and routes (T, M, K) of the behaviour policy, over the oldest."""
+        step = np.concatenate([obs, action, reward[:, None], next_obs, terminated[:, None]], axis=1, dtype=np.float32)
+        self.transitions[self.position] = torch.as_tensor(step)
+        self.routes[self.position] = routes
         self.position = (self.position + 1) % self.capacity
         self.size = min(self.size + 1, self.capacity)
 
-    def sample(self, n: int) -> list[Tensor]:
-        """n transitions of each task, uniformly with replacement: (T * n, ...) of each ring, task by task."""
-        task = torch.arange(self.T, device=self.rings[0].device)[:, None]
-        step = torch.randint(self.size, (self.T, n), device=task.device)
-        return [ring[step, task].flatten(0, 1) for ring in self.rings]
+    def sample(self, n: int) -> tuple[Tensor, ...]:
+        """n transitions of each task, uniformly with replacement: as given to add, (T * n, ...), task by task."""
+        task = torch.arange(self.T, device=self.routes.device)[:, None]
+        index = (torch.randint(self.size, (self.T, n), device=task.device) * self.T + task).flatten()
+        transitions, routes = self.transitions.flatten(0, 1)[index], self.routes.flatten(0, 1)[index]
+        obs, action, reward, next_obs, terminated = transitions.split(self.widths, dim=1)
+        return obs, action, reward.squeeze(1), next_obs, terminated.squeeze(1) > 0, routes
 
 
 # -------------------------------------------------------------------------------------------------------- environments
@@ -556,15 +577,20 @@ def evaluate(agent: Agent, envs, tasks: list[str], episodes: int, stop) -> dict[
     """
     success, episode_return = np.full(len(tasks), np.nan), np.zeros(len(tasks))
     finished, used, steps = [[] for _ in tasks], 0, 0
+
+    def best_action(obs):
+        output, routes = agent.actor(obs, agent.task)
+        return output.chunk(2, dim=-1)[0].tanh(), used_modules(routes).sum(-1)  # (T, A), (T,)
+
+    best_action = CUDAGraph(best_action)
     obs, _ = envs.reset()
     while min(map(len, finished)) < episodes:
         if stop.is_set():
             return {}
         obs = torch.as_tensor(obs, dtype=torch.float32, device=agent.task.device)
-        output, routes = agent.actor(obs, agent.task)
-        used, steps = used + used_modules(routes).sum(-1), steps + 1  # (T,)
-        action = output.chunk(2, dim=-1)[0].tanh().cpu().numpy()
-        obs, reward, terminated, truncated, infos = envs.step(action)
+        action, used_now = best_action(obs)
+        used, steps = used + used_now, steps + 1
+        obs, reward, terminated, truncated, infos = envs.step(action.cpu().numpy())
         ended, last_infos = terminated | truncated, infos.get("final_info", {})
         success_now = np.where(ended, last_infos.get("success", np.nan), infos.get("success", np.nan))
         success = np.fmax(success, success_now)
@@ -596,7 +622,7 @@ class Progress:
     seconds: float = 0.0  # of training, without evaluations, over all resumptions
 
 
-def train(args: Args, tasks: list[str], checkpoint: dict | None, device, stop) -> None:
+def train(args: Args, tasks: list[str], checkpoint: dict | None, stop) -> None:
     """Train until --total-steps, or until `stop` is set. Raises UsageError, RunError, OSError."""
     T, (rank, ranks) = len(tasks), world()
     run = Progress(**checkpoint["progress"]) if checkpoint else Progress()
@@ -604,7 +630,8 @@ def train(args: Args, tasks: list[str], checkpoint: dict | None, device, stop) -
     rank_args = replace(args, seed=args.seed + 10_000 * rank)
     seed = rank_args.seed + run.global_step  # a resumed run goes on with new goals and new noise
     with make_envs(tasks, rank_args, seed) as envs:
-        if ranks > 1:  # after the workers: they should not hold the ranks' connections
+        device = choose_device(args)
+        if ranks > 1:
             torch.distributed.init_process_group()
         (obs_dim,), (action_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
         agent = Agent(obs_dim, action_dim, T, args, device)
@@ -613,10 +640,9 @@ def train(args: Args, tasks: list[str], checkpoint: dict | None, device, stop) -
         if checkpoint:  # the learning rates remain those of the arguments, which may be new
             agent.load_state_dict(checkpoint["agent"])
             agent.optimizer.load_state_dict(agent.optimizer.state_dict() | {"state": checkpoint["optimizer"]})
-            rings, replay.position = checkpoint["replays"][rank], checkpoint["position"]
-            replay.size = len(rings[0])
-            for ring, filled in zip(replay.rings, rings):
-                ring[: replay.size] = filled
+            replay.position, (transitions, routes) = checkpoint["position"], checkpoint["replays"][rank]
+            replay.size = len(routes)
+            replay.transitions[: replay.size], replay.routes[: replay.size] = transitions, routes
         act, update = accelerate(agent)
         torch.manual_seed(seed + 1)
         obs, _ = envs.reset(seed=seed)
@@ -692,13 +718,25 @@ def world() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def choose_device(args: Args) -> torch.device:
+    """Where the networks and the replay are. After the workers' start: they hold nothing of CUDA, or of other ranks."""
+    if args.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    torch.set_float32_matmul_precision("highest" if args.torch_deterministic else "high")  # high: TF32
+    return device
+
+
 class CUDAGraph:
-    """A function of tensors of constant shapes: after three calls one CUDA graph, which overwrites its results."""
+    """A function of tensors of constant shapes. On CUDA, after three calls, one graph, which overwrites its results."""
 
     def __init__(self, function):
         self.function, self.calls = function, 0
 
     def __call__(self, *inputs: Tensor):
+        if not inputs[0].is_cuda:
+            return self.function(*inputs)
         self.calls += 1
         if self.calls <= 3:  # not on the default stream, as capturing asks for
             torch.cuda.synchronize()
@@ -716,13 +754,15 @@ class CUDAGraph:
 
 
 def accelerate(agent: Agent):
-    """The agent's act and update; with --compile compiled and, on CUDA, as CUDA graphs."""
-    act, update, compiling, cuda = agent.act, agent.update, agent.args.compile, agent.task.is_cuda
-    for network in (agent.actor, *agent.critics, *agent.target_critics) if compiling else ():
+    """The agent's act and update; with --compile compiled, and on CUDA as graphs."""
+    cuda, networks = agent.task.is_cuda, (agent.actor, *agent.critics, *agent.target_critics)
+    for network in networks if agent.args.compile else ():
         network.routing_network.compile(dynamic=False)
         if cuda:  # on a CPU their shapes are not static
             network.base_modules.compile(dynamic=False)
-    return (CUDAGraph(act), CUDAGraph(update)) if compiling and cuda else (act, update)
+    for group in agent.optimizer.param_groups:
+        group["capturable"] = cuda
+    return CUDAGraph(agent.act), CUDAGraph(agent.update)
 
 
 @contextmanager
@@ -742,10 +782,10 @@ def save_run(log, agent: Agent, replay: ReplayBuffer, run: Progress) -> None:
     """All ranks call it; rank 0 writes checkpoint.pt, to go on from, and actor.pt, to evaluate."""
     if not all(parameter.isfinite().all() for parameter in agent.parameters()):
         raise RunError("the weights are not finite")
-    rings = [ring[: replay.size].clone().cpu() for ring in replay.rings]
-    replays = [rings] * world()[1]
+    filled = [ring[: replay.size].clone().cpu() for ring in (replay.transitions, replay.routes)]
+    replays = [filled] * world()[1]
     if len(replays) > 1:
-        torch.distributed.gather_object(rings, replays if log else None)
+        torch.distributed.gather_object(filled, replays if log else None)
     if log:
         checkpoint = {"args": asdict(agent.args), "progress": asdict(run), "agent": agent.state_dict()}
         checkpoint |= {"optimizer": agent.optimizer.state_dict()["state"], "log": log.path.read_text()}
@@ -866,22 +906,17 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(number, lambda *_: stop.set())
     try:
         args, tasks, saved = parse_arguments(argv)
-        device = torch.device("cpu")
-        if args.device != "cpu" and torch.cuda.is_available():
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-            torch.cuda.set_device(device)
-            torch.set_float32_matmul_precision("highest" if args.torch_deterministic else "high")  # high: TF32
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(args.torch_deterministic)
         torch.manual_seed(args.seed)
         if args.evaluate:
             with make_envs(tasks, args, args.seed) as envs:
                 (obs_dim,), (action_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
-                agent = Agent(obs_dim, action_dim, len(tasks), args, device)
+                agent = Agent(obs_dim, action_dim, len(tasks), args, choose_device(args))
                 agent.actor.load_state_dict(saved["actor"])
                 evaluate(agent, envs, tasks, args.eval_episodes, stop)
         else:
-            train(args, tasks, saved, device, stop)
+            train(args, tasks, saved, stop)
         return 0
     except (UsageError, RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

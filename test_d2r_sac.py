@@ -452,6 +452,7 @@ def test_cuda_graph_copies_its_inputs_and_replays(monkeypatch):
 
     stand_in = {"CUDAGraph": lambda: types.SimpleNamespace(replay=replay), "synchronize": lambda: log.append("wait")}
     stand_in |= {"graph": lambda graph: contextlib.nullcontext(log.append("capture")), "Stream": lambda: None}
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     for name, value in {**stand_in, "stream": contextlib.nullcontext}.items():
         monkeypatch.setattr(torch.cuda, name, value)
     wrapped, outputs = d2r.CUDAGraph(double), []
@@ -568,7 +569,8 @@ def test_a_run_on_meta_world(tmp_path, capsys):
     assert logged == [[160, 240], steps(run_dir)]
     # What the replay holds is what the environment did: also at the truncations, every tenth step. Meta-World's
     # observation ends its first half with the hand and objects now, and has those of the step before in its second.
-    obs, action, reward, next_obs, terminated, routes = checkpoint(run_dir)["replays"][0]
+    transitions, routes = checkpoint(run_dir)["replays"][0]
+    obs, action, reward, next_obs, terminated = transitions.split((39, 4, 1, 39, 1), dim=-1)
     assert obs.shape == (120, 2, 39) and action.abs().max() <= 1
     close(next_obs[:, :, 18:36], obs[:, :, :18], 1e-6)
     follows = (next_obs[:-1] == obs[1:]).all(-1).all(-1)
@@ -830,7 +832,7 @@ def test_two_ranks_learn_the_same_from_what_each_of_them_sees(tmp_path, pendulum
     def spied_save(log, agent, replay, run):
         save_run(log, agent, replay, run)
         seen["mean"] = torch.cat([p.grad.flatten() for p in agent.parameters() if p.grad is not None])
-        saved = {**seen, "agent": agent.state_dict(), "obs": replay.rings[0][: replay.size].clone()}
+        saved = {**seen, "agent": agent.state_dict(), "seen": replay.transitions[: replay.size].clone()}
         torch.save(saved, tmp_path / f"rank{d2r.world()[0]}.pt")
 
     monkeypatch.setattr(torch.distributed, "all_reduce", spied_all_reduce)
@@ -842,10 +844,10 @@ def test_two_ranks_learn_the_same_from_what_each_of_them_sees(tmp_path, pendulum
     assert all(torch.equal(value, two["agent"][name]) for name, value in one["agent"].items())
     assert not torch.equal(one["mine"], two["mine"]) and torch.equal(one["mean"], two["mean"])
     close(one["mean"], (one["mine"] + two["mine"]) / 2, 1e-5)
-    assert one["obs"].shape == (60, 2, 3) and not (one["obs"] == two["obs"]).all(-1).any()
+    assert one["seen"].shape == (60, 2, 9) and not (one["seen"] == two["seen"]).all(-1).any()
     assert steps(tmp_path / "run") == list(range(40, 241, 40)) and progress(tmp_path / "run")[-1]["updates"] == "50"
     saved = checkpoint(tmp_path / "run")["replays"]
-    assert all(torch.equal(rings[0], rank["obs"]) for rings, rank in zip(saved, (one, two), strict=True))
+    assert all(torch.equal(rings[0], rank["seen"]) for rings, rank in zip(saved, (one, two), strict=True))
     resume = ["--resume", str(tmp_path / "run"), "--total-steps", "300"]
     assert d2r.main(resume) == 2  # not alone
     assert [ended(rank, tmp_path / "log0")[0] for rank in two_ranks(tmp_path, resume)] == [0, 0]
