@@ -118,7 +118,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the networks and the replay are; auto: cuda where there is one"""
     compile: bool = False
-    """torch.compile for the networks"""
+    """torch.compile for the networks, on CUDA"""
     torch_deterministic: bool = False
     """only deterministic algorithms; on CUDA also float32 products instead of TF32"""
     results_dir: str = "results"
@@ -168,15 +168,16 @@ class RoutingNetwork(nn.Module):
         self.task_encoder = init(nn.Linear(num_tasks, encoder_widths[-1]))
         # NOTE: the router's last layer is initialised as a hidden one; heads are the outputs of actor and critics.
         self.router = mlp(encoder_widths[-1], *router_widths, num_modules * (num_modules + 1) // 2)
+        for name, indices in zip(("row", "column"), torch.tril_indices(num_modules, num_modules)):
+            self.register_buffer(name, indices, persistent=False)
 
     def forward(self, inputs: Tensor, task: Tensor) -> tuple[Tensor, Tensor]:
         """inputs (B, input_dim), task (B,) indices -> h (B, encoder_widths[-1]), table of logits (B, M, M)."""
         h = self.obs_encoder(inputs)
         e = self.task_encoder(F.one_hot(task, self.T).to(h.dtype))
         z = self.router(h * e)  # (B, M(M+1)/2), row after row
-        row, column = torch.tril_indices(self.M, self.M, device=z.device)
         logits = z.new_full((len(z), self.M, self.M), -torch.inf)
-        logits[:, row, column] = z  # row i has i logits, and -inf behind them
+        logits[:, self.row, self.column] = z  # row i has i logits, and -inf behind them
         return h, logits
 
 
@@ -201,8 +202,8 @@ def routing_weights(logits: Tensor, routes: Tensor) -> Tensor:
 
 def gradient_kept(logits: Tensor) -> Tensor:
     """ResRouting: true where edge (i, j) is likely without Sample-K's temperature, p_ij > 1/(i+1). (B, M, M)."""
-    i = torch.arange(1, logits.shape[1] + 1, dtype=logits.dtype, device=logits.device)
-    return logits.softmax(-1) > 1 / (i[:, None] + 1)  # a sole source, p = 1, is kept
+    sources_and_one = torch.arange(2, logits.shape[1] + 2, dtype=logits.dtype, device=logits.device)
+    return logits.softmax(-1) > 1 / sources_and_one[:, None]  # a sole source, p = 1, is kept
 
 
 def used_modules(routes: Tensor) -> Tensor:
@@ -290,11 +291,11 @@ class BaseModules(nn.Module):
 
     def forward(self, h: Tensor, logits: Tensor, routes: Tensor) -> Tensor:
         """h (B, embedding_dim), logits (B, M, M), routes (B, M, K) -> (B, output_dim). Raises ValueError."""
-        B, M, K = routes.shape
+        B, M, _ = routes.shape
         # counts: for how many samples modules 0 ... M-1 and the head are computed. slots: where in o a source's output lies.
-        counts, mixing, H = [B] * (M + 1), slice(None), self.head.in_features
+        counts, mixing, H = [B] * (M + 1), ..., self.head.in_features
         sources = routes.transpose(0, 1).contiguous().long()  # (M, B, K)
-        slots = B * sources + torch.arange(B, device=h.device)[:, None]
+        slots = torch.arange(B, device=h.device)[:, None].add(sources, alpha=B)
         if h.is_cpu and not torch.compiler.is_compiling():  # else static shapes, and nothing waits for the host
             if (sources >= torch.arange(1, M + 1)[:, None, None]).any():
                 raise ValueError("routes: the sources of module i are among modules 0 ... i-1")
@@ -303,22 +304,22 @@ class BaseModules(nn.Module):
             slots = (computed.cumsum(0) - 1)[slots]
             mixing = computed[B:].nonzero().squeeze(1)
         w = routing_weights(logits.transpose(0, 1), sources)
-        w_kept = torch.stack([w, w], dim=-1).detach()
-        if self.resrouting:
-            w_kept[..., 0] *= gradient_kept(logits).transpose(0, 1).gather(-1, sources)
-        mixes = [t.flatten(0, 1)[mixing].split(counts[1:]) for t in (w, w_kept, slots)]  # by module
+        kept = gradient_kept(logits).transpose(0, 1).gather(-1, sources) if self.resrouting else 1
+        w_kept = torch.stack([w * kept, w], dim=-1).detach()
+        *mixes, last_mix = zip(*(t.flatten(0, 1)[mixing].split(counts[1:]) for t in (w, w_kept, slots)))  # by module
 
         first, *others = self.module
-        f, f_slots = first(F.relu(h)), slice(0, B)  # every sample uses module 0, and it has no shortcut
+        f, slots = first(F.relu(h)), slice(0, B)  # every sample uses module 0, and it has no shortcut
         o, tape = f.new_empty(sum(counts), H), f.new_empty(sum(counts), 2, H)
-        o[f_slots] = 0
-        for module, *mix in zip([*others, self.head], *mixes, strict=True):
-            o[f_slots].add_(f.detach())
-            x_slots = slice(f_slots.stop, f_slots.stop + len(mix[0]))
-            tape, x = MixSources.apply(tape, f, f_slots, x_slots, o, *mix)
+        o[slots] = f.detach()
+        for module, mix in zip(others, mixes, strict=True):
+            x_slots = slice(slots.stop, slots.stop + len(mix[0]))
+            tape, x = MixSources.apply(tape, f, slots, x_slots, o, *mix)
             o[x_slots] = x.detach()  # before the module, which may work in place
-            f, f_slots = module(x), x_slots
-        return f
+            f, slots = module(x), x_slots
+            o[slots].add_(f.detach())
+        _, x = MixSources.apply(tape, f, slots, slice(slots.stop, None), o, *last_mix)
+        return self.head(x)
 
 
 class D2RNetwork(nn.Module):
@@ -363,11 +364,6 @@ def side_by_side(*functions) -> list:
     for branch in branches:
         stream.wait_stream(branch)
     return results
-
-
-def q_value(critic, obs, action, task, temperature=None) -> Tensor:
-    """obs (B, obs_dim), action (B, A), task (B,) -> Q (B,). Routes as in D2RNetwork.forward."""
-    return critic(torch.cat([obs, action], dim=-1), task, temperature=temperature)[0].squeeze(-1)
 
 
 def sample_action(output: Tensor) -> tuple[Tensor, Tensor]:
@@ -443,25 +439,27 @@ class Agent(nn.Module):
         """One update of everything from (T * n, ...) of each, task by task. Returns each task's losses, (T,)."""
         args, T, n = self.args, len(self.task), len(reward) // len(self.task)
         task = self.task.repeat_interleave(n)  # (B,)
-        temperature, (critic_1, critic_2), (target_1, target_2) = self.temperature(), self.critics, self.target_critics
+        temperature, inputs = self.temperature(), torch.cat([obs, action], dim=-1)
+        (critic_1, critic_2), (target_1, target_2) = self.critics, self.target_critics
         # The next action: Top-K. The critics' regression: Sample-K. The actor's loss: the replayed routes, weighted by
         # today's logits.
-        (next_action, next_log_prob), *q, (policy_action, log_prob) = side_by_side(
+        (next_action, next_log_prob), *q, (action, log_prob) = side_by_side(
             torch.no_grad()(lambda: sample_action(self.actor(next_obs, task)[0])),
-            lambda: q_value(critic_1, obs, action, task, temperature),
-            lambda: q_value(critic_2, obs, action, task, temperature),
+            lambda: critic_1(inputs, task, temperature=temperature)[0],
+            lambda: critic_2(inputs, task, temperature=temperature)[0],
             lambda: sample_action(self.actor(obs, task, routes=routes)[0]),
         )
         # Target critics, and the critics inside the actor's loss, which judge with Top-K, too, and learn nothing.
         # NOTE: ResRouting also holds inside the latter, for the gradient to the action, as in the authors' code.
+        next_inputs, inputs = torch.cat([next_obs, next_action], dim=-1), torch.cat([obs, action], dim=-1)
         learning = [p for p in self.critics.parameters() if p.requires_grad]  # some may be frozen
         for parameter in learning:
             parameter.requires_grad_(False)
-        *next_q, policy_q_1, policy_q_2 = side_by_side(
-            lambda: q_value(target_1, next_obs, next_action, task),
-            lambda: q_value(target_2, next_obs, next_action, task),
-            lambda: q_value(critic_1, obs, policy_action, task),
-            lambda: q_value(critic_2, obs, policy_action, task),
+        (*next_q, policy_q_1, policy_q_2) = side_by_side(
+            lambda: target_1(next_inputs, task)[0],
+            lambda: target_2(next_inputs, task)[0],
+            lambda: critic_1(inputs, task)[0],
+            lambda: critic_2(inputs, task)[0],
         )
         for parameter in learning:
             parameter.requires_grad_(True)
@@ -505,7 +503,7 @@ class ReplayBuffer:
     def add(self, obs, action, reward, next_obs, terminated, routes) -> None:
         """Store one step of every task, (T, ...) arrays and routes (T, M, K) of the behaviour policy, over the oldest."""
         step = np.concatenate([obs, action, reward[:, None], next_obs, terminated[:, None]], axis=1, dtype=np.float32)
-        self.transitions[self.position] = torch.as_tensor(step)
+        self.transitions[self.position].copy_(torch.as_tensor(step), non_blocking=True)
         self.routes[self.position] = routes
         self.position = (self.position + 1) % self.capacity
         self.size = min(self.size + 1, self.capacity)
@@ -590,7 +588,10 @@ def evaluate(agent: Agent, envs, tasks: list[str], episodes: int, stop) -> dict[
         obs = torch.as_tensor(obs, dtype=torch.float32, device=agent.task.device)
         action, used_now = best_action(obs)
         used, steps = used + used_now, steps + 1
-        obs, reward, terminated, truncated, infos = envs.step(action.cpu().numpy())
+        action = action.cpu().numpy()
+        if not np.isfinite(action).all():
+            raise RunError("the policy's actions are not finite")
+        obs, reward, terminated, truncated, infos = envs.step(action)
         ended, last_infos = terminated | truncated, infos.get("final_info", {})
         success_now = np.where(ended, last_infos.get("success", np.nan), infos.get("success", np.nan))
         success = np.fmax(success, success_now)
@@ -631,6 +632,7 @@ def train(args: Args, tasks: list[str], checkpoint: dict | None, stop) -> None:
     seed = rank_args.seed + run.global_step  # a resumed run goes on with new goals and new noise
     with make_envs(tasks, rank_args, seed) as envs:
         device = choose_device(args)
+        cuda, n = device.type == "cuda", args.batch_size // (T * ranks)
         if ranks > 1:
             torch.distributed.init_process_group()
         (obs_dim,), (action_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
@@ -650,16 +652,15 @@ def train(args: Args, tasks: list[str], checkpoint: dict | None, stop) -> None:
         losses, recorded = {}, run.global_step // args.log_every
 
         while True:
-            action, routes = act(torch.as_tensor(obs, dtype=torch.float32, device=device))
-            action = action.cpu().numpy()
-            losses_fine = device.type != "cpu" or all(x.isfinite().all() for x in losses.values())
-            if not (losses_fine and np.isfinite(action).all()):  # losses on a GPU: nobody waits
-                wrong = [t for v in losses.values() for t, x in zip(tasks, v) if not x.isfinite()]
-                raise RunError(f"actions or losses are not finite; tasks with such a loss: {wrong}")
-
             next_evaluation = min((run.evaluated_at // args.eval_every + 1) * args.eval_every, args.total_steps)
             evaluation_due = run.evaluated_at < next_evaluation <= run.global_step
-            if log and (evaluation_due or run.global_step // args.log_every > recorded):
+            record_due = evaluation_due or run.global_step // args.log_every > recorded
+            if record_due or not cuda:  # on a GPU they are still being computed
+                for name, loss in losses.items():
+                    if not loss.isfinite().all():
+                        wrong = [task for task, x in zip(tasks, loss) if not x.isfinite()]
+                        raise RunError(f"{name} is not finite in {', '.join(wrong)}")
+            if log and record_due:
                 recorded = run.global_step // args.log_every
                 record = {name: loss.mean().item() for name, loss in losses.items()}
                 alpha, temperature = agent.log_alpha.exp(), agent.temperature()
@@ -672,8 +673,7 @@ def train(args: Args, tasks: list[str], checkpoint: dict | None, stop) -> None:
                     run.evaluated_at = run.global_step
                     log.write(run, record | results)
                     began = time.monotonic() - run.seconds  # evaluations do not count
-                    obs, _ = envs.reset()  # the evaluation left episodes of its own; act again
-                    continue
+                    obs, _ = envs.reset()  # the evaluation left episodes of its own
 
             # All ranks stop, and save, in the same step.
             finished = stop.is_set() or run.global_step >= args.total_steps
@@ -687,11 +687,19 @@ def train(args: Args, tasks: list[str], checkpoint: dict | None, stop) -> None:
             if flags[0]:
                 break
 
-            # One step of every task: the workers step their environments while the learner updates.
-            envs.step_async(action)
-            if replay.size and run.global_step >= args.learning_starts:
-                losses = update(*replay.sample(args.batch_size // (T * ranks)))
-                run.updates += 1
+            # One step of every task: the workers step their environments while the learner updates. What a GPU has to
+            # do is put into its queue, the update before the action is waited for, so that it never waits itself.
+            action, routes = act(torch.as_tensor(obs, dtype=torch.float32).to(device, non_blocking=True))
+            action, learning = action.to("cpu", non_blocking=True), run.global_step >= args.learning_starts
+            if cuda:
+                acted = torch.cuda.current_stream().record_event()
+                losses = update(*replay.sample(n)) if learning else losses
+                acted.synchronize()
+            if not action.isfinite().all():
+                raise RunError("actions are not finite")
+            envs.step_async(action.numpy())
+            if learning and not cuda:
+                losses = update(*replay.sample(n))
             next_obs, reward, terminated, truncated, infos = envs.step_wait()
             last_obs = next_obs.copy()
             for index in np.flatnonzero(terminated | truncated):  # next_obs is the next episode's
@@ -699,6 +707,7 @@ def train(args: Args, tasks: list[str], checkpoint: dict | None, stop) -> None:
             replay.add(obs, action, reward, last_obs, terminated, routes)
             obs = next_obs
             run.global_step += T * ranks
+            run.updates += learning
             run.seconds = time.monotonic() - began
     if log:
         print(f"ended at step {run.global_step:,} of {args.total_steps:,}; to go on: --resume {log.run_dir}")
@@ -754,14 +763,12 @@ class CUDAGraph:
 
 
 def accelerate(agent: Agent):
-    """The agent's act and update; with --compile compiled, and on CUDA as graphs."""
-    cuda, networks = agent.task.is_cuda, (agent.actor, *agent.critics, *agent.target_critics)
-    for network in networks if agent.args.compile else ():
-        network.routing_network.compile(dynamic=False)
-        if cuda:  # on a CPU their shapes are not static
-            network.base_modules.compile(dynamic=False)
+    """The agent's act and update, on CUDA as graphs, of compiled networks where args.compile says so."""
     for group in agent.optimizer.param_groups:
-        group["capturable"] = cuda
+        group["capturable"] = agent.task.is_cuda
+    if agent.args.compile and agent.task.is_cuda:  # on a CPU shapes are not static, and there is hardly a gain
+        for network in (agent.actor, *agent.critics, *agent.target_critics):
+            network.compile(dynamic=False, options={"fallback_random": True})
     return CUDAGraph(agent.act), CUDAGraph(agent.update)
 
 

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: MIT
 """Measure the speed of d2r_sac.py, and print a table in Markdown.
 
-    python results/speed.py                      MT10, batch 1280 and 320
+    python results/speed.py                      MT10, batch 1280 and, on a CPU, 320
     python results/speed.py --mt50               MT50, batch 6400
     python results/speed.py --before FILE        in turns with FILE, the d2r_sac.py of commit 10ccb2b
 
-What is compared takes turns, in a new order each round, of six calls, the first of which does not count. Leave the
-machine alone meanwhile.
+On a CPU what is compared takes turns, in a new order each round, of six calls, the first of which does not count. On a
+GPU each form has a process of its own: torch.compile leaves a function uncompiled after eight forms. Leave the machine
+alone meanwhile.
 """
 
 import argparse
@@ -24,9 +25,11 @@ import tempfile
 import time
 from itertools import pairwise
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import d2r_sac as d2r
@@ -77,7 +80,7 @@ def matrix_products(args, T, device, used=None):
     return multiply, sum(2 * a * b * c for a, b, c in shapes)
 
 
-def make_agent(env_id, batch_size, device, module=d2r, all_modules=False, **changes):
+def make_agent(env_id, batch_size, device, module=d2r, all_modules=False, eager=False, **changes):
     """A fresh agent of d2r_sac.py, or of the one before: its update and act, with a batch of its own routes."""
     args, tasks, _ = module.parse_arguments(["--env-id", env_id, "--batch-size", str(batch_size)])
     vars(args).update(changes)
@@ -101,8 +104,32 @@ def make_agent(env_id, batch_size, device, module=d2r, all_modules=False, **chan
     observations = np.random.default_rng(0).normal(size=(T, OBS)).astype(np.float32)
     if before:
         return agent, lambda: agent.update(module.Transition(*batch)), lambda: agent.act(observations)
-    act, update = d2r.accelerate(agent)
+    act, update = (agent.act, agent.update) if eager else d2r.accelerate(agent)
     return agent, lambda: update(*batch), lambda: act(torch.as_tensor(observations, device=device))[0].cpu().numpy()
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations that compute something: neither views nor empty tensors."""
+
+    number = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        self.number += not (function.is_view or "empty" in function.name() or "detach" in function.name())
+        return result
+
+
+def operations(env_id) -> int:
+    """Those of one update without clipping and Adam, whose number depends on the device, in the form for a GPU."""
+    args, tasks, _ = d2r.parse_arguments(["--env-id", env_id])
+    B, M, K, meta = args.batch_size, args.num_modules, args.top_k, torch.device("meta")
+    with mock.patch("torch.optim.Adam"), mock.patch("torch.nn.utils.clip_grad_norm_"):
+        agent = d2r.Agent(OBS, ACTION, len(tasks), args, meta)
+        shapes = (B, OBS), (B, ACTION), (B,), (B, OBS)
+        batch = [torch.empty(shape, device=meta) for shape in shapes] + [torch.empty(B, dtype=torch.bool, device=meta)]
+        with Operations() as count:
+            agent.update(*batch, torch.empty(B, M, K, dtype=torch.uint8, device=meta))
+    return count.number
 
 
 def samples_used(update) -> list[list[int]]:
@@ -122,23 +149,21 @@ def samples_used(update) -> list[list[int]]:
 
 def updates_and_acting(env_id, batch_size, device, before, rows) -> float:
     """Time the floors, the updates and acting, in turns. Returns the median of the default update, in seconds."""
-    variants = {"eager": {}}
+    if device.type == "cuda":
+        return on_gpu(env_id, batch_size, rows)
+    variants = {"eager": {}, "every module used": {"all_modules": True}}
     if before:
         variants["at commit 10ccb2b"] = {"module": before}
-        variants["every module used"] = {"all_modules": True}
         variants["every module used, at commit 10ccb2b"] = {"module": before, "all_modules": True}
-    else:
-        variants["`--compile`"] = {"compile": True}
-        if device.type == "cpu":  # on a GPU every module is computed in any case
-            variants["every module used"] = {"all_modules": True}
+        order = "eager", "at commit 10ccb2b", "every module used", "every module used, at commit 10ccb2b"
+        variants = {name: variants[name] for name in order}
     agents = {name: make_agent(env_id, batch_size, device, **changes) for name, changes in variants.items()}
     agent, update, _ = agents["eager"]
-    T, floors = len(agent.task), {"every module": matrix_products(agent.args, len(agent.task), device)}
-    if device.type == "cpu":
-        used = samples_used(update)
-        floors["the modules used"] = matrix_products(agent.args, T, device, used)
+    T, floors, used = len(agent.task), {}, samples_used(update)
+    floors["every module"] = matrix_products(agent.args, T, device)
+    floors["the modules used"] = matrix_products(agent.args, T, device, used)
     times = {name: [] for name in (*floors, *agents, *(f"acting, {name}" for name in agents))}
-    for warming_up in (True, *[False] * ROUNDS):  # and compiling, and capturing
+    for warming_up in (True, *[False] * ROUNDS):
         for name, (multiply, _) in floors.items():
             times[name] += [seconds(multiply, device) for _ in range(CALLS + 1)][1:]
         for name in random.sample([*agents], len(agents)):
@@ -158,7 +183,7 @@ def updates_and_acting(env_id, batch_size, device, before, rows) -> float:
             rows.append((f"matrix products alone, {name}: {speed}", ms, ""))
         elif name in agents:
             title, of_floors = f"update, {name}", [f"{median / medians[floor]:.2f}" for floor in floors]
-            if name == "eager" and device.type == "cpu":
+            if name == "eager":
                 title += f": {sum(map(sum, used)) / len(used) / batch_size:.1f} modules used"
             rows.append((title, ms, " / ".join(of_floors)))
         else:
@@ -168,6 +193,59 @@ def updates_and_acting(env_id, batch_size, device, before, rows) -> float:
             if then.endswith("at commit 10ccb2b"):
                 rows.append((f"{now}, compared with then", f"{medians[now] / medians[then]:.3f}", ""))
     return medians["eager"]
+
+
+FORMS = {"eager": {"eager": True}, "captured": {}, "captured, `--compile`": {"compile": True}}
+
+
+def on_gpu(env_id, batch_size, rows) -> float:
+    """Time the forms of an update, each in a process of its own. Returns the median of the captured one, in seconds."""
+    for name in FORMS:
+        form = child("one-form", env_id, str(batch_size), name)
+        median, low, high = (f"{1e3 * value:.4g}" for value in quartiles(form["updates"]))
+        kernels = f"{form['kernels']:.0f} kernels, together {form['busy']:.4g} ms"
+        rows.append((f"update, {name}: {kernels}", f"{median} ms ({low} to {high})", f"{form['floor']:.2f}"))
+        median, low, high = (f"{1e3 * value:.4g}" for value in quartiles(form["acting"]))
+        rows.append(
+            (f"acting, {name}: observations from the host, actions to it", f"{median} ms ({low} to {high})", "")
+        )
+        rows.append((f"first four actions and updates, {name}, cold", f"{form['first']:.1f} s", ""))
+        print(f"{name}: the kernels that take longest, in microseconds of an update, and how many")
+        for kernel in form["longest"]:
+            print(*kernel, sep="\t", flush=True)
+        if name == "captured":
+            captured = statistics.median(form["updates"])
+    return captured
+
+
+def one_form(env_id, batch_size, name) -> None:
+    """Child: time one form of the update on a GPU, and count its kernels."""
+    from torch.profiler import ProfilerActivity, profile
+
+    device = torch.device("cuda")
+    torch.set_float32_matmul_precision("high")
+    agent, update, act = make_agent(env_id, int(batch_size), device, **FORMS[name])
+    first = seconds(lambda: [(act(), update()) for _ in range(4)], device)  # the fourth captures
+    times = [(seconds(update, device), seconds(act, device)) for _ in range(20 + ROUNDS * CALLS)][20:]
+    multiply, _ = matrix_products(agent.args, len(agent.task), device)
+    floor = statistics.median([seconds(multiply, device) for _ in range(20)])
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        seconds(lambda: [update() for _ in range(3)], device)
+    kernels, counts = {}, {}
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            kernels[event.name] = kernels.get(event.name, 0) + event.time_range.elapsed_us() / 3
+            counts[event.name] = counts.get(event.name, 0) + 1 / 3
+    longest = [(round(t), round(counts[n]), n[:90]) for n, t in sorted(kernels.items(), key=lambda k: -k[1])[:25]]
+    updates, acting = zip(*times)
+    facts = {
+        "updates": updates,
+        "acting": acting,
+        "first": first,
+        "longest": longest,
+        "busy": sum(kernels.values()) / 1e3,
+    }
+    print(json.dumps(facts | {"kernels": sum(counts.values()), "floor": statistics.median(updates) / floor}))
 
 
 def environments(env_id) -> float:
@@ -190,12 +268,6 @@ def child(mode: str, *arguments: str, **environment) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def first_update(env_id, batch_size, device) -> None:
-    """Child: print the seconds that the first action and the first updates take with --compile."""
-    _, update, act = make_agent(env_id, int(batch_size), torch.device(device), compile=True)
-    print(json.dumps(seconds(lambda: (act(), update(), update()), torch.device(device))))
-
-
 def memory(pid, file: str, name: str) -> float:
     """A line of a process's accounts, in GB."""
     lines = Path(f"/proc/{pid}/{file}").read_text().splitlines()
@@ -212,16 +284,15 @@ def loop(env_id, batch_size, device, *options) -> None:
             start = time.time()
             super().__init__(capacity, T, obs_dim, action_dim, M, K, device)
             self.size = capacity
-            for ring in self.rings[:4]:
-                ring.normal_()
-            self.rings[4].fill_(False)
+            self.transitions.normal_()
+            self.transitions[..., -1] = 0  # none terminated
             logits = torch.zeros(T, M, M).masked_fill(torch.ones(M, M).triu(1) > 0, -torch.inf)
-            self.rings[5][:] = d2r.sample_k(logits, K)
+            self.routes[:] = d2r.sample_k(logits, K)
             filling.append(time.time() - start)
 
     def timed_act(agent, obs):
         acted_at.append(time.time() - float(os.environ["STARTED_AT"]) - filling[0])
-        if len(acted_at) == 20:  # shared pages once
+        if len(acted_at) == 4:  # after that, a GPU's graph; shared pages once
             workers.extend(memory(p.pid, "smaps_rollup", "Pss:") for p in multiprocessing.active_children())
         return act(agent, obs)
 
@@ -233,7 +304,7 @@ def loop(env_id, batch_size, device, *options) -> None:
 
     d2r.ReplayBuffer, d2r.Agent.act, d2r.Agent.update = FullReplay, timed_act, timed_update
     T = len(d2r.task_names(env_id))
-    steps = T * (6000 if device == "cuda" else 192_000 // int(batch_size))
+    steps = T * (3000 if device == "cuda" else 192_000 // int(batch_size))
     with tempfile.TemporaryDirectory() as results_dir:
         arguments = f"--env-id {env_id} --batch-size {batch_size} --device {device} --learning-starts {T} "
         arguments += f"--total-steps {steps} --log-every {steps // 6} --eval-every {100 * steps} --eval-episodes 1 "
@@ -249,15 +320,9 @@ def loop(env_id, batch_size, device, *options) -> None:
 
 def measure(env_id, batch_size, device, before) -> None:
     """Print the table of one benchmark and batch size."""
-    torch._dynamo.reset()
-    rows = []
+    rows = [("operations of an update in the form for a GPU, without clipping and Adam", str(operations(env_id)), "")]
     update = updates_and_acting(env_id, batch_size, device, before, rows)
     if not before:
-        with tempfile.TemporaryDirectory() as cache:
-            for title in ("cold", "warm"):
-                arguments = ("first-update", env_id, str(batch_size), device.type)
-                value = child(*arguments, TORCHINDUCTOR_CACHE_DIR=cache)
-                rows.append((f"`--compile`, first action and updates, {title}", f"{value:.1f} s", ""))
         step, T = environments(env_id), len(d2r.task_names(env_id))
         rows.append((f"environments alone, {T} workers", f"{T / step:,.0f} steps/s, {1e3 * step:.1f} ms", ""))
         for options in ([], ["--compile"]) if device.type == "cuda" else ([],):
@@ -301,12 +366,13 @@ def main() -> None:
     machine = f"{len(cpus)} cores of {cpus[0].split(': ')[1]}; {torch.get_num_threads()} threads"
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
     print(f"Commit {commit}; {name}; {machine}; {versions}. {ROUNDS * CALLS} repetitions.")
-    for env_id, batch_size in [("MT50", 6400)] if options.mt50 else [("MT10", 1280), ("MT10", 320)]:
+    sizes = [("MT10", 1280)] if device.type == "cuda" else [("MT10", 1280), ("MT10", 320)]
+    for env_id, batch_size in [("MT50", 6400)] if options.mt50 else sizes:
         measure(env_id, batch_size, device, before)
 
 
 if __name__ == "__main__":
-    children = {"first-update": first_update, "loop": loop}
+    children = {"one-form": one_form, "loop": loop}
     if sys.argv[1:2] and sys.argv[1] in children:
         children[sys.argv[1]](*sys.argv[2:])
     else:
