@@ -663,7 +663,8 @@ def train(args: Args, tasks: list[str], checkpoint: dict | None, stop) -> None:
             if log and record_due:
                 recorded = run.global_step // args.log_every
                 record = {name: loss.mean().item() for name, loss in losses.items()}
-                alpha, temperature = agent.log_alpha.exp(), agent.temperature()
+                # Detached: an autograd graph of the parameters that is alive spoils a CUDA graph's capture.
+                alpha, temperature = agent.log_alpha.detach().exp(), agent.temperature()
                 record |= {f"alpha/{t}": x for t, x in zip(tasks, alpha.tolist())}
                 if temperature is not None:
                     record |= {f"temperature/{t}": x for t, x in zip(tasks, temperature.tolist())}
@@ -747,17 +748,19 @@ class CUDAGraph:
         if not inputs[0].is_cuda:
             return self.function(*inputs)
         self.calls += 1
+        if self.calls == 1:
+            self.inputs = [tensor.clone() for tensor in inputs]
+        torch._foreach_copy_(self.inputs, inputs)
         if self.calls <= 3:  # not on the default stream, as capturing asks for
             torch.cuda.synchronize()
             with torch.cuda.stream(torch.cuda.Stream()):
-                outputs = self.function(*inputs)
+                outputs = self.function(*self.inputs)
             torch.cuda.synchronize()
             return outputs
         if self.calls == 4:
-            self.inputs, self.graph = [tensor.clone() for tensor in inputs], torch.cuda.CUDAGraph()
+            self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self.outputs = self.function(*self.inputs)
-        torch._foreach_copy_(self.inputs, inputs)
         self.graph.replay()
         return self.outputs
 

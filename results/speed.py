@@ -46,6 +46,10 @@ def seconds(function, device) -> float:
     return time.perf_counter() - start
 
 
+def row(title: str, value: str, multiple: str = "") -> None:
+    print(f"| {title} | {value} | {multiple} |", flush=True)
+
+
 def quartiles(values: list[float]) -> tuple[float, float, float]:
     """Median, lower and upper quartile."""
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -147,10 +151,10 @@ def samples_used(update) -> list[list[int]]:
     return counts
 
 
-def updates_and_acting(env_id, batch_size, device, before, rows) -> float:
+def updates_and_acting(env_id, batch_size, device, before) -> float:
     """Time the floors, the updates and acting, in turns. Returns the median of the default update, in seconds."""
     if device.type == "cuda":
-        return on_gpu(env_id, batch_size, rows)
+        return on_gpu(env_id, batch_size)
     variants = {"eager": {}, "every module used": {"all_modules": True}}
     if before:
         variants["at commit 10ccb2b"] = {"module": before}
@@ -180,39 +184,37 @@ def updates_and_acting(env_id, batch_size, device, before, rows) -> float:
         if name in floors:
             operations = floors[name][1]
             speed = f"{operations / 1e9:.1f} GFLOP at {operations / median / 1e9:,.0f} GFLOP/s"
-            rows.append((f"matrix products alone, {name}: {speed}", ms, ""))
+            row(f"matrix products alone, {name}: {speed}", ms)
         elif name in agents:
             title, of_floors = f"update, {name}", [f"{median / medians[floor]:.2f}" for floor in floors]
             if name == "eager":
                 title += f": {sum(map(sum, used)) / len(used) / batch_size:.1f} modules used"
-            rows.append((title, ms, " / ".join(of_floors)))
+            row(title, ms, " / ".join(of_floors))
         else:
-            rows.append((f"{name}: {T} tasks, after an update", ms, ""))
+            row(f"{name}: {T} tasks, after an update", ms)
     if before:
         for now, then in pairwise(times):
             if then.endswith("at commit 10ccb2b"):
-                rows.append((f"{now}, compared with then", f"{medians[now] / medians[then]:.3f}", ""))
+                row(f"{now}, compared with then", f"{medians[now] / medians[then]:.3f}")
     return medians["eager"]
 
 
 FORMS = {"eager": {"eager": True}, "captured": {}, "captured, `--compile`": {"compile": True}}
 
 
-def on_gpu(env_id, batch_size, rows) -> float:
+def on_gpu(env_id, batch_size) -> float:
     """Time the forms of an update, each in a process of its own. Returns the median of the captured one, in seconds."""
     for name in FORMS:
         form = child("one-form", env_id, str(batch_size), name)
         median, low, high = (f"{1e3 * value:.4g}" for value in quartiles(form["updates"]))
         kernels = f"{form['kernels']:.0f} kernels, together {form['busy']:.4g} ms"
-        rows.append((f"update, {name}: {kernels}", f"{median} ms ({low} to {high})", f"{form['floor']:.2f}"))
+        row(f"update, {name}: {kernels}", f"{median} ms ({low} to {high})", f"{form['floor']:.2f}")
         median, low, high = (f"{1e3 * value:.4g}" for value in quartiles(form["acting"]))
-        rows.append(
-            (f"acting, {name}: observations from the host, actions to it", f"{median} ms ({low} to {high})", "")
-        )
-        rows.append((f"first four actions and updates, {name}, cold", f"{form['first']:.1f} s", ""))
-        print(f"{name}: the kernels that take longest, in microseconds of an update, and how many")
+        row(f"acting, {name}: observations from the host, actions to it", f"{median} ms ({low} to {high})")
+        row(f"first four actions and updates, {name}, cold", f"{form['first']:.1f} s")
+        print(f"{name}: the kernels that take longest: microseconds of an update, number, name", file=sys.stderr)
         for kernel in form["longest"]:
-            print(*kernel, sep="\t", flush=True)
+            print(*kernel, file=sys.stderr)
         if name == "captured":
             captured = statistics.median(form["updates"])
     return captured
@@ -304,7 +306,7 @@ def loop(env_id, batch_size, device, *options) -> None:
 
     d2r.ReplayBuffer, d2r.Agent.act, d2r.Agent.update = FullReplay, timed_act, timed_update
     T = len(d2r.task_names(env_id))
-    steps = T * (3000 if device == "cuda" else 192_000 // int(batch_size))
+    steps = T * (1800 if device == "cuda" else 192_000 // int(batch_size))
     with tempfile.TemporaryDirectory() as results_dir:
         arguments = f"--env-id {env_id} --batch-size {batch_size} --device {device} --learning-starts {T} "
         arguments += f"--total-steps {steps} --log-every {steps // 6} --eval-every {100 * steps} --eval-episodes 1 "
@@ -320,30 +322,28 @@ def loop(env_id, batch_size, device, *options) -> None:
 
 def measure(env_id, batch_size, device, before) -> None:
     """Print the table of one benchmark and batch size."""
-    rows = [("operations of an update in the form for a GPU, without clipping and Adam", str(operations(env_id)), "")]
-    update = updates_and_acting(env_id, batch_size, device, before, rows)
+    print(f"\n## {env_id}, batch {batch_size:,}\n\n| | median (quartiles) | multiple of the floors |\n|---|---|---|")
+    row("operations of an update in the form for a GPU, without clipping and Adam", f"{operations(env_id):,}")
+    update = updates_and_acting(env_id, batch_size, device, before)
     if not before:
         step, T = environments(env_id), len(d2r.task_names(env_id))
-        rows.append((f"environments alone, {T} workers", f"{T / step:,.0f} steps/s, {1e3 * step:.1f} ms", ""))
+        row(f"environments alone, {T} workers", f"{T / step:,.0f} steps/s, {1e3 * step:.1f} ms")
         for options in ([], ["--compile"]) if device.type == "cuda" else ([],):
             run = child("loop", env_id, str(batch_size), device.type, *options)
             median, low, high = quartiles(run["speeds"])
             title = " ".join(["the whole loop", *(f"`{option}`" for option in options)])
             speed = f"{median:,.1f} steps/s ({low:,.1f} to {high:,.1f}), {1e3 * T / median:.4g} ms"
-            rows.append((f"{title}: a step of each task, and an update", speed, ""))
+            row(f"{title}: a step of each task, and an update", speed)
             if device.type == "cpu":
                 for name, longer in (("an update alone", update), ("its updates", run["update"])):
                     beyond = 100 * (T / median / max(longer, step) - 1)
                     title = f"the loop beyond the longer of the environments and {name}, {1e3 * longer:.4g} ms"
-                    rows.append((title, f"{beyond:+.0f} %", ""))
-        rows.append(("from the start of a run to its first step", f"{run['start']:.1f} s", ""))
-        rows.append(("peak memory of the learner, replay full", f"{run['peak']:.2f} GB", ""))
-        rows.append((f"memory of the {T} workers together", f"{run['workers']:.2f} GB", ""))
+                    row(title, f"{beyond:+.0f} %")
+        row("from the start of a run to its first step", f"{run['start']:.1f} s")
+        row("peak memory of the learner, replay full", f"{run['peak']:.2f} GB")
+        row(f"memory of the {T} workers together", f"{run['workers']:.2f} GB")
         if device.type == "cuda":
-            rows.append(("peak memory on the GPU", f"{run['gpu']:.2f} GB", ""))
-    print(f"\n## {env_id}, batch {batch_size:,}\n\n| | median (quartiles) | multiple of the floors |\n|---|---|---|")
-    for row in rows:
-        print(f"| {' | '.join(row)} |", flush=True)
+            row("peak memory on the GPU", f"{run['gpu']:.2f} GB")
 
 
 def main() -> None:
