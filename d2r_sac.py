@@ -144,9 +144,7 @@ def init(layer: nn.Linear, head: bool = False) -> nn.Linear:
     # NOTE: the authors' helper takes out_features for the fan-in.
     bound = 3e-3 if head else layer.out_features**-0.5
     nn.init.uniform_(layer.weight, -bound, bound)
-    nn.init.constant_(layer.bias, 0.1)
-    if head:
-        nn.init.uniform_(layer.bias, -bound, bound)
+    nn.init.uniform_(layer.bias, -bound, bound) if head else nn.init.constant_(layer.bias, 0.1)
     return layer
 
 
@@ -168,8 +166,7 @@ class RoutingNetwork(nn.Module):
         self.task_encoder = init(nn.Linear(num_tasks, encoder_widths[-1]))
         # NOTE: the router's last layer is initialised as a hidden one; heads are the outputs of actor and critics.
         self.router = mlp(encoder_widths[-1], *router_widths, num_modules * (num_modules + 1) // 2)
-        for name, indices in zip(("row", "column"), torch.tril_indices(num_modules, num_modules)):
-            self.register_buffer(name, indices, persistent=False)
+        self.register_buffer("row_and_column", torch.tril_indices(num_modules, num_modules), persistent=False)
 
     def forward(self, inputs: Tensor, task: Tensor) -> tuple[Tensor, Tensor]:
         """inputs (B, input_dim), task (B,) indices -> h (B, encoder_widths[-1]), table of logits (B, M, M)."""
@@ -177,7 +174,7 @@ class RoutingNetwork(nn.Module):
         e = self.task_encoder(F.one_hot(task, self.T).to(h.dtype))
         z = self.router(h * e)  # (B, M(M+1)/2), row after row
         logits = z.new_full((len(z), self.M, self.M), -torch.inf)
-        logits[:, self.row, self.column] = z  # row i has i logits, and -inf behind them
+        logits[:, *self.row_and_column] = z  # row i has i logits, and -inf behind them
         return h, logits
 
 
@@ -189,9 +186,8 @@ def top_k(logits: Tensor, K: int) -> Tensor:
 
 def sample_k(logits: Tensor, K: int) -> Tensor:
     """K draws without replacement from the softmax of each row: (B, M, M) -> routes (B, M, K)."""
-    # They are the K largest of logits with Gumbel noise (Kool et al., ICML 2019).
     uniform = torch.rand_like(logits).clamp_(min=torch.finfo(logits.dtype).tiny)
-    return top_k(logits - (-uniform.log()).log(), K)
+    return top_k(logits - (-uniform.log()).log(), K)  # Gumbel noise: Kool et al., ICML 2019
 
 
 def routing_weights(logits: Tensor, routes: Tensor) -> Tensor:
@@ -237,16 +233,14 @@ class MixSources(torch.autograd.Function):
 
     Here the outputs of all modules lie in one tensor o (S, H), a slot for each module and sample that uses it. The tape
     (S, 2, H) holds no data: it ties the mixings together, from the first to the last, and what flows back along it are
-    the gradients of all f_j and of all x_j.
-    """
+    the gradients of all f_j and of all x_j."""
 
     @staticmethod
     def forward(ctx, tape, f, f_slots, x_slots, o, w, w_kept, slots):
-        """Mix, for the B_i samples that use module i, what lies in o[slots], weighed by w. -> tape, x_i (B_i, H)
+        """Mix o[slots] by w, both for the B_i samples that use module i: slots, w (B_i, K) -> tape, x_i (B_i, H).
 
-        w, slots (B_i, K). w_kept (B_i, K, 2): w where f_j gets what module i sends back, and where x_j gets it, else 0.
-        f is of the module before and belongs to f_slots, x_i to x_slots.
-        """
+        w_kept (B_i, K, 2): w where f_j, and where x_j, gets what module i sends back, else 0. f_slots are the slots of
+        f, which is of the module before, x_slots those of x_i."""
         picked = F.embedding(slots, o)  # (B_i, K, H)
         ctx.f_slots, ctx.x_slots = f_slots, x_slots
         ctx.save_for_backward(w, w_kept, slots, picked)
@@ -279,8 +273,7 @@ class BaseModule(nn.Linear):
 class BaseModules(nn.Module):
     """M modules and a head, each fed by the sources that its row of the routing table chose.
 
-    On a CPU a module is computed for the samples that use it, perhaps none; elsewhere, or compiled, for all of them.
-    """
+    On a CPU a module is computed for the samples that use it, perhaps none; elsewhere, or compiled, for all of them."""
 
     def __init__(self, embedding_dim, output_dim, num_modules, width, resrouting, make_module):
         super().__init__()
@@ -306,8 +299,7 @@ class BaseModules(nn.Module):
         w = routing_weights(logits.transpose(0, 1), sources)
         kept = gradient_kept(logits).transpose(0, 1).gather(-1, sources) if self.resrouting else 1
         w_kept = torch.stack([w * kept, w], dim=-1).detach()
-        *mixes, last_mix = zip(*(t.flatten(0, 1)[mixing].split(counts[1:]) for t in (w, w_kept, slots)))  # by module
-
+        *mixes, last_mix = zip(*(t.flatten(0, 1)[mixing].split(counts[1:]) for t in (w, w_kept, slots)))
         first, *others = self.module
         f, slots = first(F.relu(h)), slice(0, B)  # every sample uses module 0, and it has no shortcut
         o, tape = f.new_empty(sum(counts), H), f.new_empty(sum(counts), 2, H)
@@ -325,8 +317,7 @@ class BaseModules(nn.Module):
 class D2RNetwork(nn.Module):
     """A routing network with its base modules: an actor (output: mean and log std), a critic (output: Q), or any other.
 
-    top_k 0: soft routing over every earlier module. make_module(width_in, width_out) makes a base module.
-    """
+    top_k 0: soft routing over every earlier module. make_module(width_in, width_out) makes a base module."""
 
     def __init__(self, input_dim, output_dim, num_tasks, num_modules=16, top_k=2, module_width=128,
                  encoder_widths=(400, 400), router_widths=(256, 256), resrouting=True,
@@ -341,8 +332,7 @@ class D2RNetwork(nn.Module):
     def forward(self, inputs: Tensor, task: Tensor, routes=None, temperature=None):
         """inputs (B, input_dim), task (B,) indices -> output (B, output_dim), routes (B, M, K).
 
-        The routes are those given; else Sample-K's at each task's temperature (T,), where that is given; else Top-K's.
-        """
+        Routes: those given; else Sample-K's at each task's temperature (T,), where that is given; else Top-K's."""
         h, logits = self.routing_network(inputs, task)
         if routes is None and temperature is None:
             routes = top_k(logits, self.K)
@@ -393,8 +383,7 @@ def task_losses(q, target, policy_q, log_prob, log_alpha, target_entropy) -> dic
     """The losses of each task, (T,), means over n samples: q, policy_q (2, T, n), target, log_prob (T, n).
 
     Critics: sum_c (Q_c(s, a) - target)^2, weighted by task. Actor: alpha log pi(a|s) - min_c Q_c(s, a), weighted too.
-    Alpha: -log alpha (log pi(a|s) + target entropy).
-    """
+    Alpha: -log alpha (log pi(a|s) + target entropy)."""
     weight, alpha = task_weights(log_alpha), log_alpha.detach().exp()[:, None]
     return {
         "critic_loss": weight * ((q - target) ** 2).mean(-1).sum(0),
@@ -439,27 +428,22 @@ class Agent(nn.Module):
         """One update of everything from (T * n, ...) of each, task by task. Returns each task's losses, (T,)."""
         args, T, n = self.args, len(self.task), len(reward) // len(self.task)
         task = self.task.repeat_interleave(n)  # (B,)
+        # Next action: Top-K. Critics' regression: Sample-K. Actor's loss: the replayed routes, weighted by today's logits.
         temperature, inputs = self.temperature(), torch.cat([obs, action], dim=-1)
-        (critic_1, critic_2), (target_1, target_2) = self.critics, self.target_critics
-        # The next action: Top-K. The critics' regression: Sample-K. The actor's loss: the replayed routes, weighted by
-        # today's logits.
         (next_action, next_log_prob), *q, (action, log_prob) = side_by_side(
             torch.no_grad()(lambda: sample_action(self.actor(next_obs, task)[0])),
-            lambda: critic_1(inputs, task, temperature=temperature)[0],
-            lambda: critic_2(inputs, task, temperature=temperature)[0],
+            *(lambda critic=critic: critic(inputs, task, temperature=temperature)[0] for critic in self.critics),
             lambda: sample_action(self.actor(obs, task, routes=routes)[0]),
         )
-        # Target critics, and the critics inside the actor's loss, which judge with Top-K, too, and learn nothing.
+        # The target critics, and the critics inside the actor's loss, judge with Top-K, too. None of them learns from it.
         # NOTE: ResRouting also holds inside the latter, for the gradient to the action, as in the authors' code.
-        next_inputs, inputs = torch.cat([next_obs, next_action], dim=-1), torch.cat([obs, action], dim=-1)
+        next_inputs, own_inputs = torch.cat([next_obs, next_action], dim=-1), torch.cat([obs, action], dim=-1)
         learning = [p for p in self.critics.parameters() if p.requires_grad]  # some may be frozen
         for parameter in learning:
             parameter.requires_grad_(False)
-        (*next_q, policy_q_1, policy_q_2) = side_by_side(
-            lambda: target_1(next_inputs, task)[0],
-            lambda: target_2(next_inputs, task)[0],
-            lambda: critic_1(inputs, task)[0],
-            lambda: critic_2(inputs, task)[0],
+        *next_q, policy_q_1, policy_q_2 = side_by_side(
+            *(lambda critic=critic: critic(next_inputs, task)[0] for critic in self.target_critics),
+            *(lambda critic=critic: critic(own_inputs, task)[0] for critic in self.critics),
         )
         for parameter in learning:
             parameter.requires_grad_(True)
@@ -467,7 +451,6 @@ class Agent(nn.Module):
         reward, terminated = args.reward_scale * reward.view(T, n), terminated.view(T, n)
         target = td_target(reward, terminated, next_q, next_log_prob.view(T, n), self.log_alpha, args.gamma)
         losses = task_losses(q, target, policy_q, log_prob.view(T, n), self.log_alpha, self.target_entropy)
-
         # NOTE: only in the authors' code, after PaCo: a task whose loss exceeds the limit is left out.
         summed = sum(losses.values())
         loss = torch.where(summed > args.max_task_loss, 0.0, summed).mean()
@@ -545,8 +528,7 @@ def make_env(task: str, args: Args, seed: int) -> gym.Env:
 
 @contextmanager
 def make_envs(tasks: list[str], args: Args, seed: int):
-    """An AsyncVectorEnv: a process for each task, which makes its environment itself; actions in [-1, 1]; an episode
-    begins in the step that ends the one before. Raises RunError where a process dies."""
+    """An AsyncVectorEnv, a process for each task: actions in [-1, 1], SameStep autoreset. Raises RunError if one dies."""
 
     def make(task):
         return gym.wrappers.RescaleAction(make_env(task, args, seed), np.float32(-1), np.float32(1))
@@ -571,16 +553,15 @@ def evaluate(agent: Agent, envs, tasks: list[str], episodes: int, stop) -> dict[
     """Run so many episodes of each task with Top-K routes and tanh(mean). Returns {} where `stop` is set meanwhile.
 
     Prints and returns for each task (success/reach-v3), and averaged (success): success, the share of episodes with one
-    at any step, nan where no environment tells; return, an episode's sum of rewards; modules_used, per step.
-    """
+    at any step, nan where no environment tells; return, an episode's sum of rewards; modules_used, per step."""
     success, episode_return = np.full(len(tasks), np.nan), np.zeros(len(tasks))
     finished, used, steps = [[] for _ in tasks], 0, 0
 
+    @CUDAGraph
     def best_action(obs):
         output, routes = agent.actor(obs, agent.task)
         return output.chunk(2, dim=-1)[0].tanh(), used_modules(routes).sum(-1)  # (T, A), (T,)
 
-    best_action = CUDAGraph(best_action)
     obs, _ = envs.reset()
     while min(map(len, finished)) < episodes:
         if stop.is_set():
@@ -594,17 +575,14 @@ def evaluate(agent: Agent, envs, tasks: list[str], episodes: int, stop) -> dict[
         obs, reward, terminated, truncated, infos = envs.step(action)
         ended, last_infos = terminated | truncated, infos.get("final_info", {})
         success_now = np.where(ended, last_infos.get("success", np.nan), infos.get("success", np.nan))
-        success = np.fmax(success, success_now)
-        episode_return += reward
+        success, episode_return = np.fmax(success, success_now), episode_return + reward
         for index in np.flatnonzero(ended):
             finished[index].append((success[index], episode_return[index]))
             success[index], episode_return[index] = np.nan, 0
-
     results = {}
     for task, done, modules in zip(tasks, finished, (used / steps).tolist()):
         mean_success, mean_return = np.mean(done[:episodes], axis=0).tolist()
-        results[f"success/{task}"], results[f"return/{task}"] = mean_success, mean_return
-        results[f"modules_used/{task}"] = modules
+        results |= {f"success/{task}": mean_success, f"return/{task}": mean_return, f"modules_used/{task}": modules}
         print(f"{task}: success {mean_success:.2f}, return {mean_return:.1f}, modules used {modules:.1f}")
     for name in ("success", "return", "modules_used"):
         results[name] = float(np.mean([results[f"{name}/{task}"] for task in tasks]))
@@ -623,50 +601,50 @@ class Progress:
     seconds: float = 0.0  # of training, without evaluations, over all resumptions
 
 
-def train(args: Args, tasks: list[str], checkpoint: dict | None, stop) -> None:
-    """Train until --total-steps, or until `stop` is set. Raises UsageError, RunError, OSError."""
+def train(args: Args, tasks: list[str], saved: dict | None, stop) -> None:
+    """Train until --total-steps, or until `stop` is set; or --evaluate. Raises UsageError, RunError, OSError."""
     T, (rank, ranks) = len(tasks), world()
-    run = Progress(**checkpoint["progress"]) if checkpoint else Progress()
-    log = RunLog(args, tasks, run, checkpoint) if rank == 0 else None
+    run = Progress(**saved["progress"]) if args.resume else Progress()
+    log = RunLog(args, tasks, run, saved) if rank == 0 and not args.evaluate else None
     rank_args = replace(args, seed=args.seed + 10_000 * rank)
     seed = rank_args.seed + run.global_step  # a resumed run goes on with new goals and new noise
     with make_envs(tasks, rank_args, seed) as envs:
-        device = choose_device(args)
-        cuda, n = device.type == "cuda", args.batch_size // (T * ranks)
+        # The workers are there by now: they hold nothing of CUDA, or of other ranks.
+        device, cuda = torch.device("cpu"), args.device != "cpu" and torch.cuda.is_available()
+        if cuda:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(device)
+            torch.set_float32_matmul_precision("highest" if args.torch_deterministic else "high")  # high: TF32
         if ranks > 1:
             torch.distributed.init_process_group()
         (obs_dim,), (action_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
         agent = Agent(obs_dim, action_dim, T, args, device)
-        capacity, M, K = args.buffer_size // (T * ranks), args.num_modules, agent.actor.K
-        replay = ReplayBuffer(capacity, T, obs_dim, action_dim, M, K, device)
-        if checkpoint:  # the learning rates remain those of the arguments, which may be new
-            agent.load_state_dict(checkpoint["agent"])
-            agent.optimizer.load_state_dict(agent.optimizer.state_dict() | {"state": checkpoint["optimizer"]})
-            replay.position, (transitions, routes) = checkpoint["position"], checkpoint["replays"][rank]
+        if args.evaluate:
+            agent.actor.load_state_dict(saved["actor"])
+            evaluate(agent, envs, tasks, args.eval_episodes, stop)
+            return
+        capacity, n = args.buffer_size // (T * ranks), args.batch_size // (T * ranks)
+        replay = ReplayBuffer(capacity, T, obs_dim, action_dim, args.num_modules, agent.actor.K, device)
+        if args.resume:  # the learning rates remain those of the arguments, which may be new
+            agent.load_state_dict(saved["agent"])
+            agent.optimizer.load_state_dict(agent.optimizer.state_dict() | {"state": saved["optimizer"]})
+            replay.position, (transitions, routes) = saved["position"], saved["replays"][rank]
             replay.size = len(routes)
             replay.transitions[: replay.size], replay.routes[: replay.size] = transitions, routes
         act, update = accelerate(agent)
         torch.manual_seed(seed + 1)
         obs, _ = envs.reset(seed=seed)
-        began, saved_at = time.monotonic() - run.seconds, time.monotonic()
-        losses, recorded = {}, run.global_step // args.log_every
-
+        began, saved_at, last_row, losses = time.monotonic() - run.seconds, time.monotonic(), run.global_step, {}
         while True:
             next_evaluation = min((run.evaluated_at // args.eval_every + 1) * args.eval_every, args.total_steps)
             evaluation_due = run.evaluated_at < next_evaluation <= run.global_step
-            record_due = evaluation_due or run.global_step // args.log_every > recorded
-            if record_due or not cuda:  # on a GPU they are still being computed
-                for name, loss in losses.items():
-                    if not loss.isfinite().all():
-                        wrong = [task for task, x in zip(tasks, loss) if not x.isfinite()]
-                        raise RunError(f"{name} is not finite in {', '.join(wrong)}")
-            if log and record_due:
-                recorded = run.global_step // args.log_every
+            row_due = run.global_step // args.log_every > last_row // args.log_every
+            if log and (row_due or evaluation_due):
+                last_row = run.global_step
                 record = {name: loss.mean().item() for name, loss in losses.items()}
-                # Detached: an autograd graph of the parameters that is alive spoils a CUDA graph's capture.
-                alpha, temperature = agent.log_alpha.detach().exp(), agent.temperature()
+                alpha = agent.log_alpha.detach().exp()  # a live autograd graph would spoil a CUDA graph's capture
                 record |= {f"alpha/{t}": x for t, x in zip(tasks, alpha.tolist())}
-                if temperature is not None:
+                if (temperature := agent.temperature()) is not None:
                     record |= {f"temperature/{t}": x for t, x in zip(tasks, temperature.tolist())}
                 if not evaluation_due:
                     log.write(run, record)
@@ -688,16 +666,17 @@ def train(args: Args, tasks: list[str], checkpoint: dict | None, stop) -> None:
             if flags[0]:
                 break
 
-            # One step of every task: the workers step their environments while the learner updates. What a GPU has to
-            # do is put into its queue, the update before the action is waited for, so that it never waits itself.
+            # One step of every task. The workers step their environments while the learner updates; what is a GPU's is
+            # put into its queue before anything is waited for, so that it never waits itself.
             action, routes = act(torch.as_tensor(obs, dtype=torch.float32).to(device, non_blocking=True))
             action, learning = action.to("cpu", non_blocking=True), run.global_step >= args.learning_starts
             if cuda:
                 acted = torch.cuda.current_stream().record_event()
                 losses = update(*replay.sample(n)) if learning else losses
                 acted.synchronize()
-            if not action.isfinite().all():
-                raise RunError("actions are not finite")
+            if not (action.isfinite().all() and (cuda or all(x.isfinite().all() for x in losses.values()))):
+                wrong = [f"{k}/{t}" for k, loss in losses.items() for t, x in zip(tasks, loss) if not x.isfinite()]
+                raise RunError(f"not finite: {', '.join(wrong) or 'actions'}")
             envs.step_async(action.numpy())
             if learning and not cuda:
                 losses = update(*replay.sample(n))
@@ -728,28 +707,16 @@ def world() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def choose_device(args: Args) -> torch.device:
-    """Where the networks and the replay are. After the workers' start: they hold nothing of CUDA, or of other ranks."""
-    if args.device == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    torch.cuda.set_device(device)
-    torch.set_float32_matmul_precision("highest" if args.torch_deterministic else "high")  # high: TF32
-    return device
-
-
 class CUDAGraph:
     """A function of tensors of constant shapes. On CUDA, after three calls, one graph, which overwrites its results."""
 
     def __init__(self, function):
-        self.function, self.calls = function, 0
+        self.function, self.calls, self.inputs = function, 0, None
 
     def __call__(self, *inputs: Tensor):
         if not inputs[0].is_cuda:
             return self.function(*inputs)
-        self.calls += 1
-        if self.calls == 1:
-            self.inputs = [tensor.clone() for tensor in inputs]
+        self.calls, self.inputs = self.calls + 1, self.inputs or [tensor.clone() for tensor in inputs]
         torch._foreach_copy_(self.inputs, inputs)
         if self.calls <= 3:  # not on the default stream, as capturing asks for
             torch.cuda.synchronize()
@@ -881,6 +848,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[Args, list[str], dict | Non
     args, saved, (_, ranks) = tyro.cli(Args, args=argv), None, world()
     if args.resume or args.evaluate:
         saved, args = load(args, argv)
+        args.resume = None if args.evaluate else args.resume
     tasks = task_names(args.env_id)
     T, (steps, transitions) = len(tasks), BUDGETS.get(args.env_id, BUDGETS["MT10"])
     budgets = {"total_steps": steps, "buffer_size": transitions, "batch_size": 128, "learning_starts": 4000}
@@ -888,7 +856,6 @@ def parse_arguments(argv: list[str] | None) -> tuple[Args, list[str], dict | Non
         if getattr(args, name) is None:
             setattr(args, name, per_task * T)
     args.eval_every = args.eval_every or max(args.total_steps // 30, 1)
-
     ranges = {"gamma": (0, 1), "tau": (0, 1), "initial_alpha": (1e-9, 1), "target_entropy": (-1e9, 1e9)}
     ranges |= {"num_modules": (1, 256), "top_k": (0, args.num_modules), "episode_length": (1, 500), "seed": (0, 2**31)}
     for name, value in asdict(args).items():
@@ -904,7 +871,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[Args, list[str], dict | Non
         raise UsageError(f"--buffer-size must be at least a batch, {args.batch_size}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device is cuda, and PyTorch finds none here; write --device cpu")
-    if args.resume and not args.evaluate and len(saved["replays"]) != ranks:
+    if args.resume and len(saved["replays"]) != ranks:
         raise UsageError("--resume: start as many ranks as before, with torchrun")
     return args, tasks, saved
 
@@ -919,14 +886,7 @@ def main(argv: list[str] | None = None) -> int:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(args.torch_deterministic)
         torch.manual_seed(args.seed)
-        if args.evaluate:
-            with make_envs(tasks, args, args.seed) as envs:
-                (obs_dim,), (action_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
-                agent = Agent(obs_dim, action_dim, len(tasks), args, choose_device(args))
-                agent.actor.load_state_dict(saved["actor"])
-                evaluate(agent, envs, tasks, args.eval_episodes, stop)
-        else:
-            train(args, tasks, saved, stop)
+        train(args, tasks, saved, stop)
         return 0
     except (UsageError, RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
