@@ -310,7 +310,7 @@ def loop(env_id, batch_size, device, *options) -> None:
     with tempfile.TemporaryDirectory() as results_dir:
         arguments = f"--env-id {env_id} --batch-size {batch_size} --device {device} --learning-starts {T} "
         arguments += f"--total-steps {steps} --log-every {steps // 6} --eval-every {100 * steps} --eval-episodes 1 "
-        arguments += f"--episode-length 20 --no-tensorboard --results-dir {results_dir} --run-name run"
+        arguments += f"--no-tensorboard --results-dir {results_dir} --run-name run"
         if d2r.main([*arguments.split(), *options]):
             sys.exit(1)
         with open(Path(results_dir, "run", "progress.csv"), newline="") as file:
