@@ -166,7 +166,7 @@ class RoutingNetwork(nn.Module):
         self.task_encoder = init(nn.Linear(num_tasks, encoder_widths[-1]))
         # NOTE: the router's last layer is initialised as a hidden one; heads are the outputs of actor and critics.
         self.router = mlp(encoder_widths[-1], *router_widths, num_modules * (num_modules + 1) // 2)
-        self.register_buffer("row_and_column", torch.tril_indices(num_modules, num_modules), persistent=False)
+        self.register_buffer("entries", torch.tril_indices(self.M, self.M), persistent=False)
 
     def forward(self, inputs: Tensor, task: Tensor) -> tuple[Tensor, Tensor]:
         """inputs (B, input_dim), task (B,) indices -> h (B, encoder_widths[-1]), table of logits (B, M, M)."""
@@ -174,7 +174,7 @@ class RoutingNetwork(nn.Module):
         e = self.task_encoder(F.one_hot(task, self.T).to(h.dtype))
         z = self.router(h * e)  # (B, M(M+1)/2), row after row
         logits = z.new_full((len(z), self.M, self.M), -torch.inf)
-        logits[:, *self.row_and_column] = z  # row i has i logits, and -inf behind them
+        logits[:, *self.entries] = z  # row i has i logits, and -inf behind them
         return h, logits
 
 
@@ -289,7 +289,7 @@ class BaseModules(nn.Module):
         counts, mixing, H = [B] * (M + 1), ..., self.head.in_features
         sources = routes.transpose(0, 1).contiguous().long()  # (M, B, K)
         slots = torch.arange(B, device=h.device)[:, None].add(sources, alpha=B)
-        if h.is_cpu and not torch.compiler.is_compiling():  # else static shapes, and nothing waits for the host
+        if h.is_cpu and not torch.compiler.is_compiling():  # else static shapes, and no waiting
             if (sources >= torch.arange(1, M + 1)[:, None, None]).any():
                 raise ValueError("routes: the sources of module i are among modules 0 ... i-1")
             computed = F.pad(used_modules(routes), (0, 1), value=True).T.flatten()  # (i, b)
@@ -301,7 +301,7 @@ class BaseModules(nn.Module):
         w_kept = torch.stack([w * kept, w], dim=-1).detach()
         *mixes, last_mix = zip(*(t.flatten(0, 1)[mixing].split(counts[1:]) for t in (w, w_kept, slots)))
         first, *others = self.module
-        f, slots = first(F.relu(h)), slice(0, B)  # every sample uses module 0, and it has no shortcut
+        f, slots = first(F.relu(h)), slice(0, B)  # all use module 0; it has no shortcut
         o, tape = f.new_empty(sum(counts), H), f.new_empty(sum(counts), 2, H)
         o[slots] = f.detach()
         for module, mix in zip(others, mixes, strict=True):
@@ -432,7 +432,7 @@ class Agent(nn.Module):
         temperature, inputs = self.temperature(), torch.cat([obs, action], dim=-1)
         (next_action, next_log_prob), *q, (action, log_prob) = side_by_side(
             torch.no_grad()(lambda: sample_action(self.actor(next_obs, task)[0])),
-            *(lambda critic=critic: critic(inputs, task, temperature=temperature)[0] for critic in self.critics),
+            *(lambda q=q: q(inputs, task, temperature=temperature)[0] for q in self.critics),
             lambda: sample_action(self.actor(obs, task, routes=routes)[0]),
         )
         # The target critics, and the critics inside the actor's loss, judge with Top-K, too. None of them learns from it.
@@ -442,8 +442,8 @@ class Agent(nn.Module):
         for parameter in learning:
             parameter.requires_grad_(False)
         *next_q, policy_q_1, policy_q_2 = side_by_side(
-            *(lambda critic=critic: critic(next_inputs, task)[0] for critic in self.target_critics),
-            *(lambda critic=critic: critic(own_inputs, task)[0] for critic in self.critics),
+            *(lambda q=q: q(next_inputs, task)[0] for q in self.target_critics),
+            *(lambda q=q: q(own_inputs, task)[0] for q in self.critics),
         )
         for parameter in learning:
             parameter.requires_grad_(True)
@@ -481,7 +481,7 @@ class ReplayBuffer:
         # episode's true last one; 1 where terminated: a truncation is no termination.
         self.widths = obs_dim, action_dim, 1, obs_dim, 1
         self.transitions = torch.empty(capacity, T, sum(self.widths), device=device)
-        self.routes = torch.empty(capacity, T, M, K, dtype=torch.uint8, device=device)  # so M is at most 256
+        self.routes = torch.empty(capacity, T, M, K, dtype=torch.uint8, device=device)  # M <= 256
 
     def add(self, obs, action, reward, next_obs, terminated, routes) -> None:
         """Store one step of every task, (T, ...) arrays and routes (T, M, K) of the behaviour policy, over the oldest."""
@@ -617,7 +617,7 @@ def train(args: Args, tasks: list[str], saved: dict | None, stop) -> None:
             torch.set_float32_matmul_precision("highest" if args.torch_deterministic else "high")  # high: TF32
         if ranks > 1:
             torch.distributed.init_process_group()
-        (obs_dim,), (action_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
+        (obs_dim,), (action_dim,) = envs.observation_space.shape[1:], envs.action_space.shape[1:]
         agent = Agent(obs_dim, action_dim, T, args, device)
         if args.evaluate:
             agent.actor.load_state_dict(saved["actor"])
@@ -736,7 +736,7 @@ def accelerate(agent: Agent):
     """The agent's act and update, on CUDA as graphs, of compiled networks where args.compile says so."""
     for group in agent.optimizer.param_groups:
         group["capturable"] = agent.task.is_cuda
-    if agent.args.compile and agent.task.is_cuda:  # on a CPU shapes are not static, and there is hardly a gain
+    if agent.args.compile and agent.task.is_cuda:  # on a CPU it gains nothing
         for network in (agent.actor, *agent.critics, *agent.target_critics):
             network.compile(dynamic=False, options={"fallback_random": True})
     return CUDAGraph(agent.act), CUDAGraph(agent.update)

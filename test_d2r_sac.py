@@ -360,6 +360,8 @@ def test_action_distribution():
 def test_each_part_gets_the_gradient_of_its_own_loss_alone(max_task_loss, form):
     """So the critics get none from the actor's loss. With max_task_loss None, the limit is such that one task exceeds it."""
     agent, batch = small_agent(sample_k=False, max_grad_norm=1e9)
+    for parameter in agent.target_critics.parameters():
+        parameter.mul_(1.1)  # they begin as copies of the critics
     obs, action, reward, next_obs, terminated, routes = batch
     task, alpha = torch.arange(3).repeat_interleave(8), agent.log_alpha.detach().exp()
 
@@ -576,6 +578,9 @@ def test_evaluation_by_hand():
     results = d2r.evaluate(agent, envs, ["a", "b"], 2, threading.Event())
     assert (results["success/a"], results["success/b"], results["success"]) == (0.5, 0.5, 0.5)
     assert (results["return/a"], results["return/b"], results["return"]) == (10.5, 2.0, 6.25)
+    agent.actor.base_modules.head.bias.data[0] = math.nan  # MuJoCo would warn for ever
+    with pytest.raises(d2r.RunError, match="the policy's actions are not finite"):
+        d2r.evaluate(agent, types.SimpleNamespace(reset=envs.reset), ["a", "b"], 2, threading.Event())
 
 
 def test_goals():
@@ -650,6 +655,7 @@ def test_resume(tmp_path, pendulums, capsys):
     assert run(tmp_path, options) == 0
     first, old = (run_dir / "progress.csv").read_text(), checkpoint(run_dir)
     assert d2r.main(resume) == 0 and (run_dir / "progress.csv").read_text() == first  # there was nothing left to do
+    assert d2r.main([*resume, "--evaluate", str(run_dir / "actor.pt"), "--eval-episodes", "1"]) == 0  # and no more
     new = checkpoint(run_dir)
     assert all(torch.equal(new["agent"][name], value) for name, value in old["agent"].items())
     assert all(torch.equal(new["optimizer"][k]["exp_avg"], v["exp_avg"]) for k, v in old["optimizer"].items())
@@ -703,6 +709,7 @@ def test_in_the_order_of_a_gpu_a_run_learns_the_same(tmp_path, pendulums, monkey
     stand_in |= {"current_stream": lambda: stream, "is_current_stream_capturing": lambda: False}
     for name, value in stand_in.items():
         monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)  # the optimizer asks for its stream
     monkeypatch.setattr(torch, "device", Device("device", (), {}))
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
     for place, method in ((d2r.Agent, "update"), (gym.vector.AsyncVectorEnv, "step_async")):
