@@ -166,7 +166,7 @@ class RoutingNetwork(nn.Module):
         self.task_encoder = init(nn.Linear(num_tasks, encoder_widths[-1]))
         # NOTE: the router's last layer is initialised as a hidden one; heads are the outputs of actor and critics.
         self.router = mlp(encoder_widths[-1], *router_widths, num_modules * (num_modules + 1) // 2)
-        self.register_buffer("entries", torch.tril_indices(self.M, self.M), persistent=False)
+        self.register_buffer("row_and_column", torch.tril_indices(self.M, self.M), persistent=False)
 
     def forward(self, inputs: Tensor, task: Tensor) -> tuple[Tensor, Tensor]:
         """inputs (B, input_dim), task (B,) indices -> h (B, encoder_widths[-1]), table of logits (B, M, M)."""
@@ -174,7 +174,7 @@ class RoutingNetwork(nn.Module):
         e = self.task_encoder(F.one_hot(task, self.T).to(h.dtype))
         z = self.router(h * e)  # (B, M(M+1)/2), row after row
         logits = z.new_full((len(z), self.M, self.M), -torch.inf)
-        logits[:, *self.entries] = z  # row i has i logits, and -inf behind them
+        logits[:, *self.row_and_column] = z  # row i has i logits, and -inf behind them
         return h, logits
 
 
@@ -197,9 +197,9 @@ def routing_weights(logits: Tensor, routes: Tensor) -> Tensor:
 
 
 def gradient_kept(logits: Tensor) -> Tensor:
-    """ResRouting: true where edge (i, j) is likely without Sample-K's temperature, p_ij > 1/(i+1). (B, M, M)."""
+    """ResRouting: true where edge (i, j) is likely without a temperature, p_ij > 1/(i+1), or alone. (B, M, M)."""
     sources_and_one = torch.arange(2, logits.shape[1] + 2, dtype=logits.dtype, device=logits.device)
-    return logits.softmax(-1) > 1 / sources_and_one[:, None]  # a sole source, p = 1, is kept
+    return logits.softmax(-1) > 1 / sources_and_one[:, None]
 
 
 def used_modules(routes: Tensor) -> Tensor:
@@ -233,11 +233,11 @@ class MixSources(torch.autograd.Function):
 
     Here the outputs of all modules lie in one tensor o (S, H), a slot for each module and sample that uses it. The tape
     (S, 2, H) holds no data: it ties the mixings together, from the first to the last, and what flows back along it are
-    the gradients of all f_j and of all x_j."""
+    the gradients of all f_j, [:, 0], and x_j, [:, 1]. So x_i is `own`; what `shortcut` gets comes along the tape."""
 
     @staticmethod
     def forward(ctx, tape, f, f_slots, x_slots, o, w, w_kept, slots):
-        """Mix o[slots] by w, both for the B_i samples that use module i: slots, w (B_i, K) -> tape, x_i (B_i, H).
+        """Weighted sum over the sources of the B_i samples that use module i: w, slots (B_i, K) -> tape, x_i (B_i, H).
 
         w_kept (B_i, K, 2): w where f_j, and where x_j, gets what module i sends back, else 0. f_slots are the slots of
         f, which is of the module before, x_slots those of x_i."""
@@ -285,32 +285,32 @@ class BaseModules(nn.Module):
     def forward(self, h: Tensor, logits: Tensor, routes: Tensor) -> Tensor:
         """h (B, embedding_dim), logits (B, M, M), routes (B, M, K) -> (B, output_dim). Raises ValueError."""
         B, M, _ = routes.shape
-        # counts: for how many samples modules 0 ... M-1 and the head are computed. slots: where in o a source's output lies.
-        counts, mixing, H = [B] * (M + 1), ..., self.head.in_features
+        # For how many samples modules 0 ... M-1 and the head are computed; for which ones, modules 1 ... and the head.
+        counts, used, H = [B] * (M + 1), ..., self.head.in_features
         sources = routes.transpose(0, 1).contiguous().long()  # (M, B, K)
-        slots = torch.arange(B, device=h.device)[:, None].add(sources, alpha=B)
+        source_slots = torch.arange(B, device=h.device)[:, None].add(sources, alpha=B)
         if h.is_cpu and not torch.compiler.is_compiling():  # else static shapes, and no waiting
             if (sources >= torch.arange(1, M + 1)[:, None, None]).any():
                 raise ValueError("routes: the sources of module i are among modules 0 ... i-1")
             computed = F.pad(used_modules(routes), (0, 1), value=True).T.flatten()  # (i, b)
             counts = computed.view(M + 1, B).sum(1).tolist()
-            slots = (computed.cumsum(0) - 1)[slots]
-            mixing = computed[B:].nonzero().squeeze(1)
+            source_slots = (computed.cumsum(0) - 1)[source_slots]  # where used
+            used = computed[B:].nonzero().squeeze(1)
         w = routing_weights(logits.transpose(0, 1), sources)
         kept = gradient_kept(logits).transpose(0, 1).gather(-1, sources) if self.resrouting else 1
         w_kept = torch.stack([w * kept, w], dim=-1).detach()
-        *mixes, last_mix = zip(*(t.flatten(0, 1)[mixing].split(counts[1:]) for t in (w, w_kept, slots)))
+        *mixes, last_mix = zip(*(t.flatten(0, 1)[used].split(counts[1:]) for t in (w, w_kept, source_slots)))
         first, *others = self.module
-        f, slots = first(F.relu(h)), slice(0, B)  # all use module 0; it has no shortcut
+        f, f_slots = first(F.relu(h)), slice(0, B)  # all use module 0; it has no shortcut
         o, tape = f.new_empty(sum(counts), H), f.new_empty(sum(counts), 2, H)
-        o[slots] = f.detach()
+        o[f_slots] = f.detach()
         for module, mix in zip(others, mixes, strict=True):
-            x_slots = slice(slots.stop, slots.stop + len(mix[0]))
-            tape, x = MixSources.apply(tape, f, slots, x_slots, o, *mix)
+            x_slots = slice(f_slots.stop, f_slots.stop + len(mix[0]))
+            tape, x = MixSources.apply(tape, f, f_slots, x_slots, o, *mix)
             o[x_slots] = x.detach()  # before the module, which may work in place
-            f, slots = module(x), x_slots
-            o[slots].add_(f.detach())
-        _, x = MixSources.apply(tape, f, slots, slice(slots.stop, None), o, *last_mix)
+            f, f_slots = module(x), x_slots
+            o[f_slots].add_(f.detach())
+        _, x = MixSources.apply(tape, f, f_slots, slice(f_slots.stop, None), o, *last_mix)
         return self.head(x)
 
 
@@ -428,22 +428,22 @@ class Agent(nn.Module):
         """One update of everything from (T * n, ...) of each, task by task. Returns each task's losses, (T,)."""
         args, T, n = self.args, len(self.task), len(reward) // len(self.task)
         task = self.task.repeat_interleave(n)  # (B,)
-        # Next action: Top-K. Critics' regression: Sample-K. Actor's loss: the replayed routes, weighted by today's logits.
+        # Next action: Top-K. Critics' regression: Sample-K. Actor's loss: replayed routes, weighted by today's logits.
         temperature, inputs = self.temperature(), torch.cat([obs, action], dim=-1)
-        (next_action, next_log_prob), *q, (action, log_prob) = side_by_side(
+        (next_action, next_log_prob), *q, (own_action, log_prob) = side_by_side(
             torch.no_grad()(lambda: sample_action(self.actor(next_obs, task)[0])),
-            *(lambda q=q: q(inputs, task, temperature=temperature)[0] for q in self.critics),
+            *(lambda critic=critic: critic(inputs, task, temperature=temperature)[0] for critic in self.critics),
             lambda: sample_action(self.actor(obs, task, routes=routes)[0]),
         )
-        # The target critics, and the critics inside the actor's loss, judge with Top-K, too. None of them learns from it.
+        # Target critics, and critics inside the actor's loss: Top-K. No gradient reaches their weights.
         # NOTE: ResRouting also holds inside the latter, for the gradient to the action, as in the authors' code.
-        next_inputs, own_inputs = torch.cat([next_obs, next_action], dim=-1), torch.cat([obs, action], dim=-1)
+        next_inputs, own_inputs = torch.cat([next_obs, next_action], dim=-1), torch.cat([obs, own_action], dim=-1)
         learning = [p for p in self.critics.parameters() if p.requires_grad]  # some may be frozen
         for parameter in learning:
             parameter.requires_grad_(False)
         *next_q, policy_q_1, policy_q_2 = side_by_side(
-            *(lambda q=q: q(next_inputs, task)[0] for q in self.target_critics),
-            *(lambda q=q: q(own_inputs, task)[0] for q in self.critics),
+            *(lambda critic=critic: critic(next_inputs, task)[0] for critic in self.target_critics),
+            *(lambda critic=critic: critic(own_inputs, task)[0] for critic in self.critics),
         )
         for parameter in learning:
             parameter.requires_grad_(True)
@@ -456,7 +456,7 @@ class Agent(nn.Module):
         loss = torch.where(summed > args.max_task_loss, 0.0, summed).mean()
         self.optimizer.zero_grad()
         loss.backward()
-        if torch.distributed.is_initialized():  # the mean over torchrun's ranks
+        if torch.distributed.is_available() and torch.distributed.is_initialized():  # the mean over torchrun's ranks
             gradients = [p.grad for p in self.parameters() if p.grad is not None]
             total = nn.utils.parameters_to_vector(gradients)
             torch.distributed.all_reduce(total)
@@ -484,7 +484,7 @@ class ReplayBuffer:
         self.routes = torch.empty(capacity, T, M, K, dtype=torch.uint8, device=device)  # M <= 256
 
     def add(self, obs, action, reward, next_obs, terminated, routes) -> None:
-        """Store one step of every task, (T, ...) arrays and routes (T, M, K) of the behaviour policy, over the oldest."""
+        """Store one step of every task, (T, ...) arrays and the behaviour policy's routes (T, M, K)."""
         step = np.concatenate([obs, action, reward[:, None], next_obs, terminated[:, None]], axis=1, dtype=np.float32)
         self.transitions[self.position].copy_(torch.as_tensor(step), non_blocking=True)
         self.routes[self.position] = routes
@@ -528,7 +528,7 @@ def make_env(task: str, args: Args, seed: int) -> gym.Env:
 
 @contextmanager
 def make_envs(tasks: list[str], args: Args, seed: int):
-    """An AsyncVectorEnv, a process for each task: actions in [-1, 1], SameStep autoreset. Raises RunError if one dies."""
+    """AsyncVectorEnv, a process for each task: actions in [-1, 1], SameStep autoreset. Raises RunError if one dies."""
 
     def make(task):
         return gym.wrappers.RescaleAction(make_env(task, args, seed), np.float32(-1), np.float32(1))
@@ -616,9 +616,10 @@ def train(args: Args, tasks: list[str], saved: dict | None, stop) -> None:
             torch.cuda.set_device(device)
             torch.set_float32_matmul_precision("highest" if args.torch_deterministic else "high")  # high: TF32
         if ranks > 1:
-            torch.distributed.init_process_group()
+            torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
         (obs_dim,), (action_dim,) = envs.observation_space.shape[1:], envs.action_space.shape[1:]
         agent = Agent(obs_dim, action_dim, T, args, device)
+        obs, _ = envs.reset(seed=seed)
         if args.evaluate:
             agent.actor.load_state_dict(saved["actor"])
             evaluate(agent, envs, tasks, args.eval_episodes, stop)
@@ -633,7 +634,6 @@ def train(args: Args, tasks: list[str], saved: dict | None, stop) -> None:
             replay.transitions[: replay.size], replay.routes[: replay.size] = transitions, routes
         act, update = accelerate(agent)
         torch.manual_seed(seed + 1)
-        obs, _ = envs.reset(seed=seed)
         began, saved_at, last_row, losses = time.monotonic() - run.seconds, time.monotonic(), run.global_step, {}
         while True:
             next_evaluation = min((run.evaluated_at // args.eval_every + 1) * args.eval_every, args.total_steps)
@@ -666,8 +666,8 @@ def train(args: Args, tasks: list[str], saved: dict | None, stop) -> None:
             if flags[0]:
                 break
 
-            # One step of every task. The workers step their environments while the learner updates; what is a GPU's is
-            # put into its queue before anything is waited for, so that it never waits itself.
+            # One step of every task: the workers step their environments while the learner updates. On a GPU the update
+            # is queued behind acting before the host waits for the action.
             action, routes = act(torch.as_tensor(obs, dtype=torch.float32).to(device, non_blocking=True))
             action, learning = action.to("cpu", non_blocking=True), run.global_step >= args.learning_starts
             if cuda:
@@ -708,7 +708,7 @@ def world() -> tuple[int, int]:
 
 
 class CUDAGraph:
-    """A function of tensors of constant shapes. On CUDA, after three calls, one graph, which overwrites its results."""
+    """Calls a function of tensors of constant shapes; on CUDA, after three calls, a graph: it overwrites results."""
 
     def __init__(self, function):
         self.function, self.calls, self.inputs = function, 0, None
@@ -759,7 +759,7 @@ def save_run(log, agent: Agent, replay: ReplayBuffer, run: Progress) -> None:
     """All ranks call it; rank 0 writes checkpoint.pt, to go on from, and actor.pt, to evaluate."""
     if not all(parameter.isfinite().all() for parameter in agent.parameters()):
         raise RunError("the weights are not finite")
-    filled = [ring[: replay.size].clone().cpu() for ring in (replay.transitions, replay.routes)]
+    filled = [ring[: replay.size].to("cpu", copy=True) for ring in (replay.transitions, replay.routes)]
     replays = [filled] * world()[1]
     if len(replays) > 1:
         torch.distributed.gather_object(filled, replays if log else None)
