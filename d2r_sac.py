@@ -566,7 +566,7 @@ def evaluate(agent: Agent, envs, tasks: list[str], episodes: int, stop) -> dict[
     while min(map(len, finished)) < episodes:
         if stop.is_set():
             return {}
-        obs = torch.as_tensor(obs, dtype=torch.float32, device=agent.task.device)
+        obs = torch.as_tensor(obs, dtype=torch.float32).to(agent.task.device, non_blocking=True)
         action, used_now = best_action(obs)
         used, steps = used + used_now, steps + 1
         action = action.cpu().numpy()
