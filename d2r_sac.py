@@ -629,7 +629,7 @@ def train(args: Args, tasks: list[str], saved: dict | None, stop) -> None:
         if args.resume:  # the learning rates remain those of the arguments, which may be new
             agent.load_state_dict(saved["agent"])
             agent.optimizer.load_state_dict(agent.optimizer.state_dict() | {"state": saved["optimizer"]})
-            replay.position, (transitions, routes) = saved["position"], saved["replays"][rank]
+            replay.position, (transitions, routes) = saved["position"], saved["buffers"][rank]
             replay.size = len(routes)
             replay.transitions[: replay.size], replay.routes[: replay.size] = transitions, routes
         act, update = accelerate(agent)
@@ -766,7 +766,7 @@ def save_run(log, agent: Agent, replay: ReplayBuffer, run: Progress) -> None:
     if log:
         checkpoint = {"args": asdict(agent.args), "progress": asdict(run), "agent": agent.state_dict()}
         checkpoint |= {"optimizer": agent.optimizer.state_dict()["state"], "log": log.path.read_text()}
-        checkpoint |= {"replays": replays, "position": replay.position}
+        checkpoint |= {"buffers": replays, "position": replay.position}
         with whole_file(log.run_dir / "checkpoint.pt", "wb") as file:
             torch.save(checkpoint, file)
         with whole_file(log.run_dir / "actor.pt", "wb") as file:
@@ -821,7 +821,7 @@ class RunLog:
 
 def load(args: Args, argv: list[str] | None) -> tuple[dict, Args]:
     """What --resume or --evaluate names, and its arguments with those of argv given anew. Raises UsageError."""
-    option, path, part = "--resume", f"{args.resume}/checkpoint.pt", "replays"
+    option, path, part = "--resume", f"{args.resume}/checkpoint.pt", "buffers"
     if args.evaluate:
         option, path, part = "--evaluate", args.evaluate, "actor"
     fixed = ["env_id", "num_modules", "top_k", "module_width", "encoder_widths", "router_widths"]
@@ -871,7 +871,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[Args, list[str], dict | Non
         raise UsageError(f"--buffer-size must be at least a batch, {args.batch_size}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device is cuda, and PyTorch finds none here; write --device cpu")
-    if args.resume and len(saved["replays"]) != ranks:
+    if args.resume and len(saved["buffers"]) != ranks:
         raise UsageError("--resume: start as many ranks as before, with torchrun")
     return args, tasks, saved
 

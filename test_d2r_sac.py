@@ -636,7 +636,7 @@ def test_a_run_on_meta_world(tmp_path, capsys):
     assert logged == [[160, 240], steps(run_dir)]
     # What the replay holds is what the environment did: also at the truncations, every tenth step. Meta-World's
     # observation ends its first half with the hand and objects now, and has those of the step before in its second.
-    transitions, routes = checkpoint(run_dir)["replays"][0]
+    transitions, routes = checkpoint(run_dir)["buffers"][0]
     obs, action, reward, next_obs, terminated = transitions.split((39, 4, 1, 39, 1), dim=-1)
     assert obs.shape == (120, 2, 39) and action.abs().max() <= 1
     close(next_obs[:, :, 18:36], obs[:, :, :18], 1e-6)
@@ -659,14 +659,14 @@ def test_resume(tmp_path, pendulums, capsys):
     new = checkpoint(run_dir)
     assert all(torch.equal(new["agent"][name], value) for name, value in old["agent"].items())
     assert all(torch.equal(new["optimizer"][k]["exp_avg"], v["exp_avg"]) for k, v in old["optimizer"].items())
-    assert all(torch.equal(a, b) for a, b in zip(new["replays"][0], old["replays"][0], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(new["buffers"][0], old["buffers"][0], strict=True))
     with open(run_dir / "progress.csv", "a") as file:
         file.write("500,1,1,1,1\n900,1")  # what a kill leaves: rows from after the checkpoint, and one cut short
     assert d2r.main([*resume, "--total-steps", "300", "--learning-rate", "0.1"]) == 0
     text, seconds = (run_dir / "progress.csv").read_text(), [float(r["seconds"]) for r in progress(run_dir)]
     assert text.startswith(first) and steps(run_dir)[-2:] == [240, 300] and seconds == sorted(seconds)
     newer = checkpoint(run_dir)
-    assert torch.equal(newer["replays"][0][0][:120], old["replays"][0][0]) and len(newer["replays"][0][0]) == 150
+    assert torch.equal(newer["buffers"][0][0][:120], old["buffers"][0][0]) and len(newer["buffers"][0][0]) == 150
     moved = [(newer["agent"][name] - value).abs().max() for name, value in old["agent"].items() if "actor" in name]
     assert max(moved) > 0.2  # at the new learning rate
     capsys.readouterr()
@@ -679,8 +679,8 @@ def test_resume(tmp_path, pendulums, capsys):
     for damaged in (whole[:-1000], whole[: len(whole) // 2] + b"\x55" * 99 + whole[len(whole) // 2 + 99 :], b""):
         (run_dir / "checkpoint.pt").write_bytes(damaged)
         assert d2r.main(resume) == 2 and "missing, damaged or of another version" in capsys.readouterr().err
-    torch.save({"args": {}, "agent": {}, "replay": {}}, run_dir / "checkpoint.pt")
-    assert d2r.main(resume) == 2 and "of another version: it holds no replays\n" in capsys.readouterr().err
+    torch.save({"args": {}, "agent": {}, "replays": []}, run_dir / "checkpoint.pt")
+    assert d2r.main(resume) == 2 and "of another version: it holds no buffers\n" in capsys.readouterr().err
 
 
 def test_same_seed_same_losses(tmp_path, pendulums):
@@ -959,12 +959,12 @@ def test_two_ranks_learn_the_same_from_what_each_of_them_sees(tmp_path, pendulum
     close(one["mean"], (one["mine"] + two["mine"]) / 2, 1e-5)
     assert one["seen"].shape == (60, 2, 9) and not (one["seen"] == two["seen"]).all(-1).any()
     assert steps(tmp_path / "run") == list(range(40, 241, 40)) and progress(tmp_path / "run")[-1]["updates"] == "50"
-    saved = checkpoint(tmp_path / "run")["replays"]
+    saved = checkpoint(tmp_path / "run")["buffers"]
     assert all(torch.equal(rings[0], rank["seen"]) for rings, rank in zip(saved, (one, two), strict=True))
     resume = ["--resume", str(tmp_path / "run"), "--total-steps", "300"]
     assert d2r.main(resume) == 2  # not alone
     assert [ended(rank, tmp_path / "log0")[0] for rank in two_ranks(tmp_path, resume)] == [0, 0]
-    for rings, old in zip(checkpoint(tmp_path / "run")["replays"], saved, strict=True):
+    for rings, old in zip(checkpoint(tmp_path / "run")["buffers"], saved, strict=True):
         assert len(rings[0]) == 75 and all(torch.equal(ring[:60], then) for ring, then in zip(rings, old))
 
 
@@ -982,7 +982,7 @@ def test_torchrun(tmp_path):
     options += f" --results-dir {tmp_path} --run-name run --device cpu"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
     subprocess.run([*launch, *options.split()], env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, timeout=120)
-    assert steps(tmp_path / "run") == [80] and len(checkpoint(tmp_path / "run")["replays"]) == 2
+    assert steps(tmp_path / "run") == [80] and len(checkpoint(tmp_path / "run")["buffers"]) == 2
 
 
 # ----------------------------------------------------------------------------------------------------------- README
@@ -1004,7 +1004,7 @@ def test_change_the_environments(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["pendulum.py", *options.split()])
     with pytest.raises(SystemExit, match="0"):
         exec(snippet("Change it"), {"__name__": "__main__"})
-    obs, action, _, next_obs, _ = checkpoint(tmp_path / "run")["replays"][0][0].split((3, 1, 1, 3, 1), dim=-1)
+    obs, action, _, next_obs, _ = checkpoint(tmp_path / "run")["buffers"][0][0].split((3, 1, 1, 3, 1), dim=-1)
     assert obs.shape == (200, 3, 3) and action.shape == (200, 3, 1) and action.abs().max() <= 1
     gravity, angle = torch.tensor([5.0, 10.0, 15.0]), torch.atan2(obs[..., 1], obs[..., 0])
     torque = 2 * action[..., 0]  # Gymnasium's pendulum: torque in [-2, 2], mass 1, length 1, steps of 0.05 s
