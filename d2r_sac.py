@@ -197,9 +197,9 @@ def routing_weights(logits: Tensor, routes: Tensor) -> Tensor:
 
 
 def gradient_kept(logits: Tensor) -> Tensor:
-    """ResRouting: true where edge (i, j) is likely without a temperature, p_ij > 1/(i+1), or alone. (B, M, M)."""
+    """ResRouting: true where edge (i, j) is likely without Sample-K's temperature, p_ij > 1/(i+1). (B, M, M)."""
     sources_and_one = torch.arange(2, logits.shape[1] + 2, dtype=logits.dtype, device=logits.device)
-    return logits.softmax(-1) > 1 / sources_and_one[:, None]
+    return logits.softmax(-1) > 1 / sources_and_one[:, None]  # a sole source, p = 1, is kept
 
 
 def used_modules(routes: Tensor) -> Tensor:
@@ -285,7 +285,7 @@ class BaseModules(nn.Module):
     def forward(self, h: Tensor, logits: Tensor, routes: Tensor) -> Tensor:
         """h (B, embedding_dim), logits (B, M, M), routes (B, M, K) -> (B, output_dim). Raises ValueError."""
         B, M, _ = routes.shape
-        # For how many samples modules 0 ... M-1 and the head are computed; for which ones, modules 1 ... and the head.
+        # counts: of the samples for which modules 0 ... M-1 and the head are computed. used: which, from module 1 on.
         counts, used, H = [B] * (M + 1), ..., self.head.in_features
         sources = routes.transpose(0, 1).contiguous().long()  # (M, B, K)
         source_slots = torch.arange(B, device=h.device)[:, None].add(sources, alpha=B)
@@ -708,7 +708,7 @@ def world() -> tuple[int, int]:
 
 
 class CUDAGraph:
-    """Calls a function of tensors of constant shapes; on CUDA, after three calls, a graph: it overwrites results."""
+    """Calls a function of tensors of constant shapes: on CUDA, after three calls, by a graph with fixed outputs."""
 
     def __init__(self, function):
         self.function, self.calls, self.inputs = function, 0, None
