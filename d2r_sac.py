@@ -11,6 +11,7 @@ Difficult: Multi-Task Deep Reinforcement Learning with Dynamic Depth Routing", A
     Sample-K                 K draws without replacement from softmax(z_i / temperature) sample_k
     routing weights          w_i = softmax(z_i) over the chosen sources only             routing_weights
     depth                    modules that the chosen edges connect to the head           used_modules
+    routing granularity      which sources module i may choose among: any earlier one?   allowed_sources
     base modules             f_i = relu(W_i x_i + b_i),  o_i = f_i + x_i                 BaseModule, BaseModules
     wiring                   x_i = sum_j w_ij o_j;  o_0 = f_0 = relu(W_0 relu(h) + b_0)  BaseModules, MixSources
     ResRouting               edge (i, j) sends its gradient to all of o_j, or x_j alone  MixSources, gradient_kept
@@ -20,7 +21,8 @@ Difficult: Multi-Task Deep Reinforcement Learning with Dynamic Depth Routing", A
 Symbols: T tasks, M modules, H module width, K routing sources, B samples in a batch, n = B / T samples of each task.
 Modules are 0 ... M-1, and the head is module M. Module i takes its sources from modules 0 ... i-1: "row i" of the
 routing table has i entries and feeds module i, i = 1 ... M. A table (B, M, M) holds rows 1 ... M in this order, and so
-do routes (B, M, K), the sources chosen in each. Edge (i, j): module i takes module j as a source.
+do routes (B, M, K), the sources chosen in each. Logits are -inf where module i may not take module j as a source; where
+it takes it, that is edge (i, j).
 `# NOTE:` marks where paper, authors' code and this file differ, or where the code settles what the paper leaves open.
 """
 
@@ -80,7 +82,11 @@ class Args:
     num_modules: int = 16
     """M, base modules of a network"""
     top_k: int = 2
-    """K, routing sources of a module; 0: soft routing over every earlier module"""
+    """K, routing sources of a module; 0: soft routing over all that it may choose"""
+    routing: Literal["module", "layer", "model"] = "module"
+    """granularity: a module chooses among all earlier ones, or those of the layer before; or the head among chains"""
+    parallel_modules: int = 4
+    """P, modules of a layer, or number of chains; routing by module has neither"""
     module_width: int = 128
     """H, width of a base module"""
     encoder_widths: tuple[int, ...] = (400, 400)
@@ -157,24 +163,25 @@ def mlp(*widths: int) -> nn.Sequential:
 
 
 class RoutingNetwork(nn.Module):
-    """Embeds state and task, and from both gives the routing logits."""
+    """Embeds state and task, and from both gives the logits of the sources that are allowed, (M, M) bool."""
 
-    def __init__(self, input_dim, num_tasks, num_modules, encoder_widths, router_widths):
+    def __init__(self, input_dim, num_tasks, allowed, encoder_widths, router_widths):
         super().__init__()
-        self.T, self.M = num_tasks, num_modules
+        self.M = len(allowed)
         self.obs_encoder = mlp(input_dim, *encoder_widths)
         self.task_encoder = init(nn.Linear(num_tasks, encoder_widths[-1]))
         # NOTE: the router's last layer is initialised as a hidden one; heads are the outputs of actor and critics.
-        self.router = mlp(encoder_widths[-1], *router_widths, num_modules * (num_modules + 1) // 2)
-        self.register_buffer("row_and_column", torch.tril_indices(self.M, self.M), persistent=False)
+        self.router = mlp(encoder_widths[-1], *router_widths, int(allowed.sum()))
+        self.register_buffer("one_hot", torch.eye(num_tasks), persistent=False)
+        self.register_buffer("row_and_column", allowed.nonzero().T.contiguous(), persistent=False)
 
     def forward(self, inputs: Tensor, task: Tensor) -> tuple[Tensor, Tensor]:
         """inputs (B, input_dim), task (B,) indices -> h (B, encoder_widths[-1]), table of logits (B, M, M)."""
         h = self.obs_encoder(inputs)
-        e = self.task_encoder(F.one_hot(task, self.T).to(h.dtype))
-        z = self.router(h * e)  # (B, M(M+1)/2), row after row
+        e = self.task_encoder(self.one_hot[task])
+        z = self.router(h * e)  # (B, number of allowed edges), row after row
         logits = z.new_full((len(z), self.M, self.M), -torch.inf)
-        logits[:, *self.row_and_column] = z  # row i has i logits, and -inf behind them
+        logits[:, *self.row_and_column] = z
         return h, logits
 
 
@@ -197,9 +204,11 @@ def routing_weights(logits: Tensor, routes: Tensor) -> Tensor:
 
 
 def gradient_kept(logits: Tensor) -> Tensor:
-    """ResRouting: true where edge (i, j) is likely without Sample-K's temperature, p_ij > 1/(i+1). (B, M, M)."""
-    sources_and_one = torch.arange(2, logits.shape[1] + 2, dtype=logits.dtype, device=logits.device)
-    return logits.softmax(-1) > 1 / sources_and_one[:, None]  # a sole source, p = 1, is kept
+    """ResRouting: true where edge (i, j) is likely without Sample-K's temperature, p_ij > 1/(i+1). (B, M, M).
+
+    More generally, p_ij > 1/(sources that module i may choose among + 1)."""
+    num_sources = (logits > -torch.inf).sum(-1, keepdim=True, dtype=logits.dtype)
+    return logits.softmax(-1) > 1 / (num_sources + 1)  # a sole source, p = 1, is kept
 
 
 def used_modules(routes: Tensor) -> Tensor:
@@ -210,6 +219,22 @@ def used_modules(routes: Tensor) -> Tensor:
     for i, row in reversed([*enumerate(rows, start=1)]):
         used = used | (used[:, i : i + 1] & row)  # where module i is used, so are its sources
     return used
+
+
+def allowed_sources(M: int, routing: str, P: int) -> Tensor:
+    """Routing granularity: (M, M) bool, the sources among which each module may choose; the last row is the head's.
+
+    module: all earlier ones. layer: of M/P layers of P modules, those of the layer before. model: of P chains of M/P
+    modules, the one before in its chain; the head chooses among the chains' ends. P = 1: a network without any routing,
+    and so without its task. Module 0, the only one that reads h, is the source of the other P - 1 at the beginning."""
+    # NOTE: the paper compares these three; the authors' code has the first alone, and the others are our reading.
+    i, source = torch.arange(1, M + 1)[:, None], torch.arange(M)
+    allowed = {
+        "module": source < i,
+        "layer": source // P == i // P - 1,
+        "model": (source == i - P) | (i == M) & (source >= M - P),
+    }
+    return allowed[routing] | (i < P) & (source == 0)
 
 
 # ------------------------------------------------------------------------------------------------------- base modules
@@ -290,14 +315,15 @@ class BaseModules(nn.Module):
         sources = routes.transpose(0, 1).contiguous().long()  # (M, B, K)
         source_slots = torch.arange(B, device=h.device)[:, None].add(sources, alpha=B)
         if h.is_cpu and not torch.compiler.is_compiling():  # else static shapes, and no waiting
-            if (sources >= torch.arange(1, M + 1)[:, None, None]).any():
-                raise ValueError("routes: the sources of module i are among modules 0 ... i-1")
+            if (logits.transpose(0, 1).gather(-1, sources) == -torch.inf).any():
+                raise ValueError("routes: a module takes a source that it may not choose, as one that comes later")
             computed = F.pad(used_modules(routes), (0, 1), value=True).T.flatten()  # (i, b)
             counts = computed.view(M + 1, B).sum(1).tolist()
             source_slots = (computed.cumsum(0) - 1)[source_slots]  # where used
             used = computed[B:].nonzero().squeeze(1)
         w = routing_weights(logits.transpose(0, 1), sources)
-        kept = gradient_kept(logits).transpose(0, 1).gather(-1, sources) if self.resrouting else 1
+        blocking = self.resrouting and torch.is_grad_enabled()
+        kept = gradient_kept(logits).transpose(0, 1).gather(-1, sources) if blocking else 1
         w_kept = torch.stack([w * kept, w], dim=-1).detach()
         *mixes, last_mix = zip(*(t.flatten(0, 1)[used].split(counts[1:]) for t in (w, w_kept, source_slots)))
         first, *others = self.module
@@ -317,16 +343,19 @@ class BaseModules(nn.Module):
 class D2RNetwork(nn.Module):
     """A routing network with its base modules: an actor (output: mean and log std), a critic (output: Q), or any other.
 
-    top_k 0: soft routing over every earlier module. make_module(width_in, width_out) makes a base module."""
+    top_k 0: soft routing over all sources that are allowed. make_module(width_in, width_out) makes a base module."""
 
     def __init__(self, input_dim, output_dim, num_tasks, num_modules=16, top_k=2, module_width=128,
-                 encoder_widths=(400, 400), router_widths=(256, 256), resrouting=True,
-                 make_module=BaseModule):  # fmt: skip
+                 encoder_widths=(400, 400), router_widths=(256, 256), resrouting=True, routing="module",
+                 parallel_modules=4, make_module=BaseModule):  # fmt: skip
         super().__init__()
         if not 0 <= top_k <= num_modules:
             raise ValueError(f"top_k, {top_k}, must lie between 0 and num_modules, {num_modules}")
+        if routing != "module" and num_modules % parallel_modules:
+            raise ValueError(f"num_modules, {num_modules}, must be a multiple of parallel_modules, {parallel_modules}")
         self.K, M = top_k or num_modules, num_modules
-        self.routing_network = RoutingNetwork(input_dim, num_tasks, M, encoder_widths, router_widths)
+        allowed = allowed_sources(M, routing, parallel_modules)
+        self.routing_network = RoutingNetwork(input_dim, num_tasks, allowed, encoder_widths, router_widths)
         self.base_modules = BaseModules(encoder_widths[-1], output_dim, M, module_width, resrouting, make_module)
 
     def forward(self, inputs: Tensor, task: Tensor, routes=None, temperature=None):
@@ -399,7 +428,7 @@ class Agent(nn.Module):
     def __init__(self, obs_dim: int, action_dim: int, num_tasks: int, args, device="cpu"):
         super().__init__()
         sizes = args.num_modules, args.top_k, args.module_width
-        options = *sizes, args.encoder_widths, args.router_widths, args.resrouting
+        options = *sizes, args.encoder_widths, args.router_widths, args.resrouting, args.routing, args.parallel_modules
         self.actor = D2RNetwork(obs_dim, 2 * action_dim, num_tasks, *options)
         self.critics = nn.ModuleList(D2RNetwork(obs_dim + action_dim, 1, num_tasks, *options) for _ in range(2))
         self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
@@ -824,7 +853,8 @@ def load(args: Args, argv: list[str] | None) -> tuple[dict, Args]:
     option, path, part = "--resume", f"{args.resume}/checkpoint.pt", "buffers"
     if args.evaluate:
         option, path, part = "--evaluate", args.evaluate, "actor"
-    fixed = ["env_id", "num_modules", "top_k", "module_width", "encoder_widths", "router_widths"]
+    fixed = ["env_id", "num_modules", "top_k", "routing", "parallel_modules"]
+    fixed += ["module_width", "encoder_widths", "router_widths"]
     fixed += [] if args.evaluate else ["goals", "episode_length", "seed", "buffer_size"]
     try:
         damaged = zipfile.ZipFile(path).testzip()
@@ -865,6 +895,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[Args, list[str], dict | Non
             if type(number) in (int, float) and not low <= number <= high:
                 wanted = f"lie between {low} and {high}" if name in ranges else "be positive and finite"
                 raise UsageError(f"--{name.replace('_', '-')} is {number}; it must {wanted}")
+    if args.routing != "module" and args.num_modules % args.parallel_modules:
+        raise UsageError(f"--num-modules must be a multiple of --parallel-modules, {args.parallel_modules}")
     if args.batch_size % (T * ranks):
         raise UsageError(f"--batch-size is {args.batch_size}; it must be a multiple of tasks times ranks, {T * ranks}")
     if args.buffer_size < args.batch_size:

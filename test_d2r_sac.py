@@ -73,9 +73,24 @@ def in_form(form, *networks):
         network.compile(backend="aot_eager", dynamic=False, fullgraph=True)
 
 
-def random_table(B, M):
+def sources_of(M, routing="module", P=4):
+    """The sources among which modules 1 ... M-1 and the head may choose."""
+
+    def sources(i):
+        if routing == "module":
+            return {*range(i)}
+        if i < P:
+            return {0}
+        before = {*range((i // P - 1) * P, i // P * P)}
+        return before if routing == "layer" or i == M else {i - P}
+
+    return [sources(i) for i in range(1, M + 1)]
+
+
+def random_table(B, M, *routing):
     table = torch.randn(B, M, M, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return table.masked_fill(torch.ones(M, M).triu(1) > 0, -math.inf)
+    forbidden = [[j not in sources for j in range(M)] for sources in sources_of(M, *routing)]
+    return table.masked_fill(torch.tensor(forbidden), -math.inf)
 
 
 def dense(weights, routes):
@@ -89,9 +104,9 @@ def close(tensor, reference, tolerance=1e-10):
     assert tensor.shape == reference.shape and (tensor - reference).abs().max() <= tolerance
 
 
-def tiny_network(num_modules, top_k=2):
+def tiny_network(num_modules, top_k=2, **routing):
     torch.manual_seed(0)
-    return d2r.D2RNetwork(3, 2, 2, num_modules, top_k, 5, (7, 7), (6,))
+    return d2r.D2RNetwork(3, 2, 2, num_modules, top_k, 5, (7, 7), (6,), **routing)
 
 
 def small_agent(tasks=3, device="cpu", **changes):
@@ -154,6 +169,10 @@ def test_golden_temperatures_and_ablations():
     agent.args.sample_k = False
     assert agent.temperature() is None and torch.equal(agent.act(obs[:4])[1], agent.act(obs[:4])[1])
     assert not small_agent(resrouting=False)[0].actor.base_modules.resrouting
+    for network in (chains := small_agent(routing="model", parallel_modules=2)[0]).actor, *chains.critics:
+        assert network(torch.randn(3, network.routing_network.obs_encoder[0].in_features), chains.task)[1][
+            0, 1:3
+        ].tolist() == [[0, 0], [1, 1]]
 
 
 def test_parameter_counts_and_initialisation():
@@ -195,16 +214,65 @@ def test_each_task_samples_at_its_own_temperature():
     assert len(counts) == 6 and (counts - 1000 / 6).abs().max() < 5 * math.sqrt(1000 / 6)
 
 
-@pytest.mark.parametrize(("M", "K"), [(1, 1), (4, 2), (7, 3), (5, 5), (16, 2)])
-def test_gates(M, K):
-    logits = random_table(50, M)
+@pytest.mark.parametrize(
+    "granularity", [("module", 4), ("layer", 4), ("layer", 2), ("model", 4), ("model", 1)], ids=str
+)
+@pytest.mark.parametrize(("M", "K"), [(4, 2), (8, 3), (8, 8), (16, 2), (1, 1), (7, 3)])
+def test_gates(M, K, granularity):
+    """A network's table has logits for what may be chosen alone; gates are positive for the K chosen, and sum to 1."""
+    routing, P = granularity
+    if M % P and routing != "module":
+        with pytest.raises(ValueError, match=rf"num_modules, {M}, must be a multiple of parallel_modules, {P}"):
+            tiny_network(M, K, routing=routing, parallel_modules=P)
+        return
+    network = tiny_network(M, K, routing=routing, parallel_modules=P)
+    _, logits = network.routing_network(torch.randn(50, 3), torch.zeros(50, dtype=torch.long))
+    allowed = sources_of(M, routing, P)
+    assert [{*row.nonzero().flatten().tolist()} for row in logits[7] > -math.inf] == allowed
+    logits, number = random_table(50, M, routing, P), torch.tensor([len(sources) for sources in allowed])
     for routes in (d2r.top_k(logits, K), d2r.sample_k(logits / torch.linspace(0.1, 3, 50)[:, None, None], K)):
         table = dense(d2r.routing_weights(logits, routes), routes)
-        assert ((table > 0).sum(-1) == torch.arange(1, M + 1).clamp(max=K)).all()
+        assert ((table > 0).sum(-1) == number.clamp(max=K)).all()
         close(table.sum(-1), torch.ones(50, M), 1e-12)
-        assert (table.triu(1) == 0).all()
+        assert (table[logits == -math.inf] == 0).all()
     for b, i in itertools.product(range(50), range(M)):
-        assert {*d2r.top_k(logits, K)[b, i].tolist()} == {*np.argsort(logits[b, i, : i + 1].numpy())[-K:].tolist()}
+        best = sorted(allowed[i], key=lambda j: logits[b, i, j])[-K:]
+        assert {*d2r.top_k(logits, K)[b, i].tolist()} == {*best}
+    likely = logits.exp() > (logits.exp().sum(-1) / (number + 1))[..., None]
+    assert torch.equal(d2r.gradient_kept(logits), likely)
+
+
+def test_chains_are_independent():
+    """Routing by model: what only the third of three chains has matters to the samples alone whose head chose it."""
+    network, inputs, task = (
+        tiny_network(9, routing="model", parallel_modules=3),
+        torch.randn(60, 3),
+        torch.arange(60) % 2,
+    )
+    network.routing_network.router[-1].weight.data *= 20
+    before, routes = network(inputs, task)
+    chains = [{0, 3, 6}, {0, 1, 4, 7}, {0, 2, 5, 8}]
+    for used, chosen in zip(d2r.used_modules(routes), routes[:, -1].tolist()):
+        assert {*used.nonzero().flatten().tolist()} == set().union(*(chains[end - 6] for end in chosen))
+    chose = (routes[:, -1] == 8).any(-1)
+    assert 0 < chose.sum() < 60
+    before[~chose].sum().backward()
+    for i in (2, 5, 8):
+        assert (network.base_modules.module[i].weight.grad == 0).all()
+        network.base_modules.module[i].weight.data.normal_()
+    assert torch.equal((network(inputs, task)[0] != before).all(-1), chose)
+
+
+def test_one_chain_is_a_residual_network():
+    """Routing by model, P = 1: no routing at all, whatever the task is."""
+    network, inputs = tiny_network(4, routing="model", parallel_modules=1), torch.randn(6, 3)
+    first, *others = network.base_modules.module
+    h, _ = network.routing_network(inputs, torch.zeros(6, dtype=torch.long))
+    x = first(h.relu())
+    for module in others:
+        x = module(x) + x
+    for task in (0, 1):
+        close(network(inputs, torch.full((6,), task))[0], network.base_modules.head(x).detach(), 1e-6)
 
 
 def test_routes_from_outside():
@@ -213,7 +281,7 @@ def test_routes_from_outside():
     twice = torch.tensor([[0, 0, 0], [1, 1, 0], [1, 1, 2], [2, 2, 0], [4, 4, 1]]).expand(6, 5, 3)
     close(d2r.routing_weights(random_table(6, 5), twice).sum(-1), torch.ones(6, 5), 1e-12)
     close(network(inputs, task, routes=twice)[0], network(inputs, task, routes=twice[..., 1:])[0], 1e-6)
-    for sources, message in (([0, 2, 1, 2, 4], r"the sources of module i are among modules 0"), ([0, 1], "shorter")):
+    for sources, message in (([0, 2, 1, 2, 4], "may not choose, as one that comes later"), ([0, 1], "shorter")):
         with pytest.raises(ValueError, match=message):
             network(inputs, task, routes=torch.tensor(sources)[:, None].expand(6, -1, 1))
     with pytest.raises(ValueError, match=r"top_k, 6, must lie between 0 and num_modules, 5"):
@@ -248,19 +316,23 @@ MODULES = {
 }
 
 
-def routed(M, K, H, B, make_module=d2r.BaseModule):
+def routed(M, K, H, B, make_module=d2r.BaseModule, routing="module"):
     """Base modules with random parameters; leaves h and logits; routes; and w, kept as the oracle takes them."""
     torch.manual_seed(1)
     base = d2r.BaseModules(7, 2, M, H, True, make_module).double()
     assert str(base.module[0]) == str(make_module(7, H))
     for parameter in base.parameters():
         nn.init.normal_(parameter)
-    logits, h = (3 * random_table(B, M)).requires_grad_(), torch.randn(B, 7, dtype=torch.float64, requires_grad=True)
+    logits, h = (
+        (3 * random_table(B, M, routing)).requires_grad_(),
+        torch.randn(B, 7, dtype=torch.float64, requires_grad=True),
+    )
     routes = d2r.sample_k(logits.detach() / 2, K)
 
     def table():
         chosen = torch.zeros(B, M, M, dtype=torch.bool).scatter(-1, routes, True)
-        kept = torch.stack([logits[:, i - 1].softmax(-1) > 1 / (i + 1) for i in range(1, M + 1)], 1)
+        allowed = enumerate(sources_of(M, routing))
+        kept = torch.stack([logits[:, row].softmax(-1) > 1 / (len(sources) + 1) for row, sources in allowed], 1)
         assert M == 1 or 0 < (kept & chosen).sum() < chosen.sum(), "some chosen edges should be blocked, some not"
         return logits.masked_fill(~chosen, -math.inf).softmax(-1), kept
 
@@ -269,9 +341,18 @@ def routed(M, K, H, B, make_module=d2r.BaseModule):
 
 @FORMS
 @pytest.mark.parametrize("make_module", MODULES.values(), ids=MODULES)
-@pytest.mark.parametrize(("M", "K", "H", "B"), [(1, 1, 3, 2), (5, 2, 4, 3), (9, 3, 6, 4), (6, 6, 5, 3)])
-def test_resrouting_against_plain_autograd(M, K, H, B, make_module, form):
-    base, h, logits, routes, table = routed(M, K, H, B, make_module)
+@pytest.mark.parametrize(
+    ("M", "K", "H", "B", "routing"),
+    [
+        (1, 1, 3, 2, "module"),
+        (5, 2, 4, 3, "module"),
+        (9, 3, 6, 4, "module"),
+        (6, 6, 5, 3, "module"),
+        (12, 2, 4, 3, "layer"),
+    ],
+)
+def test_resrouting_against_plain_autograd(M, K, H, B, routing, make_module, form):
+    base, h, logits, routes, table = routed(M, K, H, B, make_module, routing)
     expected, leaves = plain_definition()(base.module, base.head, h, *table()), [h, logits, *base.parameters()]
     grad_output, options = torch.randn_like(expected), {"allow_unused": True, "materialize_grads": True}
     gradients = torch.autograd.grad(expected, leaves, grad_output, **options)
@@ -670,7 +751,12 @@ def test_resume(tmp_path, pendulums, capsys):
     moved = [(newer["agent"][name] - value).abs().max() for name, value in old["agent"].items() if "actor" in name]
     assert max(moved) > 0.2  # at the new learning rate
     capsys.readouterr()
-    for option, message in (("--top-k 1", "top_k 2"), ("--env-id 10,5", "env_id 5,10"), ("--num-modules 3", "es 4")):
+    for option, message in (
+        ("--top-k 1", "top_k 2"),
+        ("--routing layer", "routing module"),
+        ("--env-id 10,5", "env_id 5,10"),
+        ("--num-modules 3", "es 4"),
+    ):
         for how in (resume, ["--evaluate", str(run_dir / "actor.pt")]):
             assert d2r.main([*how, *option.split()]) == 2
             assert f"{message}; do not change it" in capsys.readouterr().err
@@ -909,6 +995,7 @@ MISTAKES = f"""
 --buffer-size 100: --buffer-size must be at least a batch, 1280
 --learning-rate nan: --learning-rate is nan; it must be positive and finite
 --top-k 17: --top-k is 17; it must lie between 0 and 16
+--routing layer --parallel-modules 5: --num-modules must be a multiple of --parallel-modules, 5
 --encoder-widths: --encoder-widths is 0; it must be positive
 --device cuda: --device is cuda, and PyTorch finds none here; write --device cpu
 --results-dir {SCRIPT}: Not a directory
