@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Tests of d2r_sac.py: against reference values, computations that share no code with it, and the real Meta-World."""
 
+import collections
 import contextlib
 import csv
 import importlib.util
@@ -1070,6 +1071,138 @@ def test_torchrun(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
     subprocess.run([*launch, *options.split()], env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, timeout=120)
     assert steps(tmp_path / "run") == [80] and len(checkpoint(tmp_path / "run")["buffers"]) == 2
+
+
+# ---------------------------------------------------------------------------------------------------------- figures
+@pytest.fixture
+def figures(tmp_path, monkeypatch):
+    """results/routing.py and film.py; a policy of two tasks whose routes change from state to state; what it chooses."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent / "results"))
+    film, routing = importlib.import_module("film"), importlib.import_module("routing")
+    options, chosen = TWO_TASKS.replace("5,10", "reach-v3,drawer-close-v3"), []
+    args, _, _ = d2r.parse_arguments(options.split())
+    torch.manual_seed(0)
+    actor = d2r.Agent(39, 4, 2, args).actor
+    actor.routing_network.obs_encoder[0].weight.data *= 30
+    (tmp_path / "run").mkdir()
+    torch.save({"args": vars(args), "actor": actor.state_dict()}, tmp_path / "run/actor.pt")
+
+    def remember(module, _, output):
+        if isinstance(module, d2r.D2RNetwork):
+            chosen.append(output[1].tolist())
+
+    with nn.modules.module.register_module_forward_hook(remember):
+        yield film, routing, tmp_path / "run", chosen
+
+
+def used_edges(route):
+    """(source, module) of all edges that lead to the head, which is the last module."""
+
+    def edges(i):
+        return {(j, i) for j in route[i - 1]}.union(*(edges(j) for j in route[i - 1] if j))
+
+    return edges(len(route))
+
+
+def test_routing_figures(figures, monkeypatch, capsys):
+    _, routing, run_dir, chosen = figures
+    recordings, record = [], routing.record
+    monkeypatch.setattr(routing, "record", lambda *options: recordings.append(record(*options)) or recordings[0])
+    assert routing.main([str(run_dir), "--episodes", "3", "--device", "cpu"]) == 0
+    assert len(chosen) == 30 and capsys.readouterr().out.count("\n") == 3
+    assert all((run_dir / name).read_bytes()[:4] == b"\x89PNG" for name in ("paths.png", "tsne.png", "depth.png"))
+    rows, steps = [*csv.DictReader((run_dir / "routing.csv").read_text().splitlines())], recordings[0]
+    counts = [collections.Counter(edge for step in chosen for edge in used_edges(step[t])) for t in range(2)]
+    depths = np.array([[len({j for j, _ in used_edges(step[t])}) for step in chosen] for t in range(2)])
+    assert len({*depths.flatten()}) > 1
+    for t, row in enumerate(rows):
+        shares = np.zeros((4, 4))
+        for (j, i), count in counts[t].items():
+            shares[i - 1, j] = count / 30
+        np.testing.assert_allclose(steps.edges[:, t].mean(0), shares)
+        np.testing.assert_allclose(steps.used[:, t].mean(0)[0], 1)
+        assert steps.used[:, t].sum() == depths[t].sum()
+        assert ((steps.weights > 0) == steps.edges).all()
+        rows_used = steps.edges[:, t].any(-1)
+        np.testing.assert_allclose(steps.weights[:, t].sum(-1)[rows_used], 1, rtol=1e-5)
+        common = sum((counts[0] & counts[1]).values()) / counts[t].total()
+        assert float(row["edge_overlap"]) == pytest.approx(common, abs=6e-4) and 0 < common < 1
+        assert row["nearest_task"] == rows[1 - t]["task"]
+        assert float(row["modules_used_std"]) == pytest.approx(depths[t].std(), abs=6e-4)
+    assert d2r.main(["--evaluate", str(run_dir / "actor.pt"), "--eval-episodes", "3"]) == 0
+    evaluated = re.findall(r"(\S+): success ([0-9.]+), .* modules used ([0-9.]+)", capsys.readouterr().out)
+    for row, (task, success, used) in zip(rows, evaluated, strict=True):
+        assert (row["task"], f"{float(row['success']):.2f}") == (task, success)
+        assert float(row["modules_used"]) == pytest.approx(float(used), abs=0.06)
+
+
+def test_table_of_routing(figures):
+    """Two episodes of three steps of a: a success in the second step, and none. Of b: in the first, and in the last."""
+    _, routing, _, _ = figures
+    success = np.array([[0, 1], [1, 1], [1, 1], [0, 0], [0, 0], [0, 1]], bool)
+    used, edges = np.ones((6, 2, 2), bool), np.zeros((6, 2, 2, 2), bool)
+    used[:2, 0, 1] = False  # a uses one module in two steps of six
+    edges[:, 0, 1, 0], edges[3:, 0, 0, 0], edges[:, 1, 1, :] = True, True, True
+    ended = np.repeat(np.arange(6) % 3 == 2, 2).reshape(6, 2)
+    a, b = routing.table(routing.Steps(None, used, edges, None, success, ended), ["a", "b"])
+    assert (a["success"], a["steps_to_success"], b["success"], b["steps_to_success"]) == (0.5, 2, 1, 2)
+    assert a["modules_used"] == pytest.approx(10 / 6) and a["modules_used_std"] == pytest.approx(math.sqrt(2) / 3)
+    assert a["edge_overlap"] == pytest.approx(1 / 1.5) and b["edge_overlap"] == 0.5 and a["nearest_task"] == "b"
+
+
+def test_film(figures, monkeypatch, capsys):
+    """With a stand-in for OpenGL, whose pictures are as bright as MuJoCo's time: what is lit is what that step uses."""
+    film, routing, run_dir, chosen = figures
+    import imageio.v3 as imageio
+
+    def render(model, states, size):
+        times = np.array([state.time for state in states])
+        np.testing.assert_allclose(times - times[0], np.arange(0, 10, 2) * 0.0125, atol=1e-9)  # of 80 Hz
+        return np.stack([np.full((size, size, 3), 1000 * state.time % 256, np.uint8) for state in states])
+
+    def show(graph, *arguments, show=routing.Graph.show):
+        show(graph, *arguments)
+        drawn = np.array(graph.edges.get_linewidths()) > 0
+        edges = {*zip(graph.sources[drawn], graph.targets[drawn] + 1)}
+        lit.append(({*np.flatnonzero(graph.nodes.get_facecolors()[:, 3])}, edges))
+
+    monkeypatch.setattr(film, "render", render), monkeypatch.setattr(routing.Graph, "show", show)
+    for names, tasks, shape in ((["reach-v3"], 1, (520, 840, 3)), ([], 2, (732, 840, 3))):
+        lit = []
+        chosen.clear()
+        assert film.main([str(run_dir), *(["--task", *names] if names else []), "--seconds", "0.5"]) == 0
+        path = run_dir / ("film-reach-v3.gif" if names else "film.gif")
+        assert "5 frames" in capsys.readouterr().out and path.stat().st_size < 3e6
+        frames, info = imageio.imread(path), imageio.immeta(path)
+        assert frames.shape == (5, *shape) and (info["duration"], info["loop"]) == (100, 0)
+        assert all((one != two).any() for one, two in itertools.pairwise(frames))
+        assert len(chosen) == 9 * tasks and len(lit) == 5 * tasks
+        for n, step in enumerate((0, 2, 4, 6, 8)):
+            for t in range(tasks):
+                edges = used_edges(chosen[9 * t + step][0])
+                assert lit[n * tasks + t] == ({j for j, _ in edges}, edges)
+    assert film.main([str(run_dir), "--task", "push-v3"]) == 2
+    assert "the tasks of this run are reach-v3, drawer-close-v3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("renderer", ["osmesa", "glfw"])
+def test_film_with_and_without_opengl(figures, renderer):
+    """glfw has none, without a screen; with libosmesa the film has an upright robot, else it says what to install."""
+    *_, run_dir, _ = figures
+    import imageio.v3 as imageio
+
+    command = [sys.executable, SCRIPT.parent / "results/film.py", run_dir, "--task", "reach-v3", "--seconds", "0.2"]
+    environment = {name: value for name, value in os.environ.items() if name != "DISPLAY"} | {"MUJOCO_GL": renderer}
+    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=120)
+    if done.returncode == 0:
+        assert renderer == "osmesa"
+        red, green, blue = (
+            imageio.imread(run_dir / "film-reach-v3.gif")[0, 30:370, 70:410].astype(int).transpose(2, 0, 1)
+        )
+        rows, _ = ((red > 100) & (green < 50) & (blue < 50)).nonzero()  # the arm stands behind the table: above it
+        assert 500 < len(rows) and rows.mean() < 200
+    else:
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "libosmesa6" in done.stderr
 
 
 # ----------------------------------------------------------------------------------------------------------- README

@@ -7,6 +7,21 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
+COLORS = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"  # told apart by the colour-blind: Okabe, Ito
+MARKERS = "osD^vPX<>"
+
+
+def style(task: int) -> dict:
+    """Colour and marker of the task of this index, of at most 54."""
+    return {"color": COLORS[task % len(COLORS)], "marker": MARKERS[task // len(COLORS) % len(MARKERS)]}
+
+
+def legend(axis) -> None:
+    """All that has a label, on the right of the axis."""
+    number = len(axis.get_legend_handles_labels()[1])
+    options = {"ncols": -(-number // 18), "fontsize": "medium" if number < 18 else "small"}
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, markerscale=1.5, **options)
+
 
 def plot(run_dir: Path) -> Path:
     """Write RUN/progress.png, from the evaluations in RUN/progress.csv."""
@@ -20,13 +35,13 @@ def plot(run_dir: Path) -> Path:
     for axis, name, title in zip(axes, ("success", "modules_used"), ("success rate", "modules used")):
         for index, task in enumerate(tasks):
             values = [float(row[f"{name}/{task}"]) for row in rows]
-            axis.plot(steps, values, color=plt.cm.tab10(index % 10), marker=".", label=task)
+            axis.plot(steps, values, markersize=4, linewidth=1.2, label=task, **style(index))
         axis.plot(steps, [float(row[name]) for row in rows], color="black", linewidth=2, label="mean")
         axis.set(xlabel="environment steps, summed over tasks", title=title)
         axis.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:,.0f}k")
         axis.set_ylim(0, 1.03 if name == "success" else None)
         axis.grid(alpha=0.3)
-    axes[1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    legend(axes[1])
     figure.savefig(run_dir / "progress.png", dpi=110)
     return run_dir / "progress.png"
 

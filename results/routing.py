@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: MIT
+"""Look at a policy's routing: python results/routing.py results/RUN [--episodes 10] [--device auto].
+
+Runs RUN/actor.pt as an evaluation does, and writes into RUN/
+
+    paths.png     each task's graph of modules, from the state on the left to the action on the right
+    tsne.png      t-SNE of the routing probabilities of some 200 states of each task
+    depth.png     modules used by each task, against its success and its steps to success
+    routing.csv   the numbers, which it also prints
+
+    success             share of episodes with a success at any step
+    steps_to_success    of those episodes, on average
+    modules_used, _std  mean and standard deviation over all steps
+    edge_overlap        share of the task's edges that the nearest task has, too: sum min(p, q) / sum p, where p and q are
+                        the shares of steps at which the two use an edge
+"""
+
+import argparse
+import csv
+import math
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.collections import LineCollection
+from sklearn.manifold import TSNE
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from plot import legend, style
+
+import d2r_sac as d2r
+
+STATES = 200  # of each task, for t-SNE
+
+
+class Steps(NamedTuple):
+    """What T tasks do in a step, or in S of them: arrays ([S], T, ...)."""
+
+    probability: np.ndarray  # (M, M), softmax of the routing logits
+    used: np.ndarray  # (M,), the modules used
+    edges: np.ndarray  # (M, M), the edges chosen that end in one of them, or in the head
+    weights: np.ndarray  # (M, M), their routing weights, elsewhere 0
+    success: np.ndarray  # a success in this step of the episode, or before
+    ended: np.ndarray  # the episode's last step
+
+
+def load(run_dir: Path, device: str = "auto"):
+    """Arguments, tasks and saved weights of RUN/actor.pt. Raises d2r.UsageError."""
+    return d2r.parse_arguments(["--evaluate", str(run_dir / "actor.pt"), "--device", device])
+
+
+@torch.no_grad()
+def rollout(args, saved, envs, tasks: list[int]):
+    """Act in envs as an evaluation does, for ever: Steps, one by one."""
+    (obs_dim,), (action_dim,) = envs.observation_space.shape[1:], envs.action_space.shape[1:]
+    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    num_tasks = saved["actor"]["routing_network.task_encoder.weight"].shape[1]
+    actor = d2r.Agent(obs_dim, action_dim, num_tasks, args, device).actor
+    actor.load_state_dict(saved["actor"])
+    envs.reset(seed=args.seed)
+    obs, _ = envs.reset()
+    success, task = np.zeros(len(tasks), bool), torch.tensor(tasks, device=device)
+    while True:
+        obs = torch.as_tensor(obs, dtype=torch.float32, device=device)
+        _, logits = actor.routing_network(obs, task)
+        output, routes = actor(obs, task)
+        used = d2r.used_modules(routes)
+        chosen = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, routes, True)
+        edges = chosen & F.pad(used[:, 1:], (0, 1), value=True)[..., None]
+        weights = torch.zeros_like(logits).scatter_add_(-1, routes, d2r.routing_weights(logits, routes)) * edges
+        obs, _, terminated, truncated, infos = envs.step(output.chunk(2, dim=-1)[0].tanh().cpu().numpy())
+        ended = terminated | truncated
+        now = np.where(ended, infos.get("final_info", {}).get("success", 0), infos.get("success", 0)) > 0
+        success = success | now
+        tensors = logits.softmax(-1), used, edges, weights
+        yield Steps(*(tensor.cpu().numpy() for tensor in tensors), success, ended)
+        success = success & ~ended
+
+
+def record(args, saved, tasks: list[str], episodes: int) -> Steps:
+    """So many episodes of each task, in processes of their own."""
+    steps, finished = [], 0
+    with d2r.make_envs(tasks, args, args.seed) as envs:
+        for step in rollout(args, saved, envs, [*range(len(tasks))]):
+            steps.append(step)
+            finished = finished + step.ended
+            if finished.min() >= episodes:
+                return Steps(*map(np.stack, zip(*steps)))
+
+
+def table(recording: Steps, tasks: list[str]) -> list[dict]:
+    """A row of numbers for each task."""
+    rows, depth, shares = [], recording.used.sum(2), recording.edges.mean(0)  # (S, T), (T, M, M)
+    for t, task in enumerate(tasks):
+        ends = [-1, *np.flatnonzero(recording.ended[:, t])]
+        episodes = [recording.success[start + 1 : end + 1, t] for start, end in pairwise(ends)]
+        times = [np.flatnonzero(episode)[0] + 1 for episode in episodes if episode.any()]
+        others = [u for u in range(len(tasks)) if u != t]
+        common = {u: np.minimum(shares[t], shares[u]).sum() / shares[t].sum() for u in others}
+        nearest = max(common, key=common.get, default=None)
+        rows.append({
+            "task": task,
+            "success": len(times) / len(episodes),
+            "steps_to_success": np.mean(times) if times else math.nan,
+            "modules_used": depth[:, t].mean(),
+            "modules_used_std": depth[:, t].std(),
+            "edge_overlap": common.get(nearest, math.nan),
+            "nearest_task": tasks[nearest] if others else "",
+        })  # fmt: skip
+    return rows
+
+
+class Graph:
+    """The modules and their edges on an axis: module i at x = i, so that all edges lead to the right.
+
+    Modules stand in rows, of which P for --routing layer and model: a diagonal is then a layer, a row a chain."""
+
+    def __init__(self, axis, args, inches):
+        """inches: about the axis' width."""
+        M, rows, width = args.num_modules, 4 if args.routing == "module" else args.parallel_modules, inches / 3.4
+        allowed = d2r.allowed_sources(M, args.routing, args.parallel_modules).numpy()
+        self.targets, self.sources = allowed.nonzero()
+        middle = -(min(rows, M) - 1) / 2
+        place = np.array([*((i, -(i % rows)) for i in range(M)), (M + 0.5, middle)]) * (1, 2.2)
+        start, end = place[self.sources], place[self.targets + 1]
+        bend = 0.5 * (start + end) + 0.2 * (end - start)[:, ::-1] * (-1, 1)  # else edges would run through modules
+        t = np.linspace(0, 1, 20)[:, None, None]
+        curves = (1 - t) ** 2 * start + 2 * t * (1 - t) * bend + t**2 * end
+        self.width, edge = width, "#D55E00"
+        self.edges = LineCollection(curves.swapaxes(0, 1), colors=edge, linewidths=0, capstyle="round", zorder=1)
+        axis.add_collection(self.edges)
+        for x, y, text in ((-1.7, 0, "state"), (M + 0.5, 2.2 * middle, "action")):
+            axis.plot([x, x + 1.7], [y, y], color=edge, linewidth=1.5 * width, zorder=0)
+            axis.text(x + 0.85, y + 0.7, text, ha="center", fontsize=6 * width + 2)
+        options = {"s": 60 * width**2, "linewidths": 0.6 * width}
+        axis.scatter(*place[:M].T, facecolors="white", edgecolors="0.6", zorder=0, **options)  # under the edges
+        self.nodes = axis.scatter(*place[:M].T, zorder=2, **options)
+        axis.scatter(*place[M:].T, marker="s", color="0.2", zorder=2, **options)
+        axis.set(xlim=(-2.5, M + 3), ylim=(-2.2 * min(rows, M) + 0.8, 1.4), aspect="equal")
+        axis.axis("off")
+
+    def show(self, shade, thickness):
+        """shade (M,): 0 to 1 for each module; thickness (M, M): 0 to 1 for each edge."""
+        color = plt.cm.Blues(0.1 + 0.85 * np.asarray(shade, float))
+        color[:, 3] = np.asarray(shade) > 0
+        self.nodes.set(facecolors=color, edgecolors=color * (0.4, 0.4, 0.4, 1))
+        thickness = thickness[self.targets, self.sources]
+        self.edges.set_linewidths(np.where(thickness > 0, self.width * (0.3 + 4.2 * thickness), 0))
+
+
+def plot_paths(recording, rows, args, path):
+    columns = min(len(rows), 5)
+    lines, size = math.ceil(len(rows) / columns), 10 / columns
+    height = (0.45 * size + 0.5) * lines + 0.3
+    figure, axes = plt.subplots(lines, columns, figsize=(10, height), squeeze=False)
+    for axis in axes.flat[len(rows) :]:
+        axis.remove()
+    usage, thickness = recording.used.mean(0), recording.weights.mean(0)
+    for t, (axis, row) in enumerate(zip(axes.flat, rows)):
+        Graph(axis, args, size).show(usage[t], thickness[t])
+        title = f"{row['task']}\nsuccess {row['success']:.2f}, {row['modules_used']:.1f} modules"
+        axis.set_title(title, fontsize=8.5 if columns > 3 else 10, linespacing=1.3)
+    text = "Blue: share of steps that use the module.  Width of an edge: its mean weight × the share of steps that choose it."
+    figure.text(0.5, 0.05 / height, text, ha="center", va="bottom", fontsize=8.5)
+    figure.subplots_adjust(0.005, 0.3 / height, 0.995, 1 - 0.45 / height, 0.02, 0.5 / (0.45 * size))
+    figure.savefig(path, dpi=120)
+
+
+def plot_tsne(recording, tasks, path):
+    S = len(recording.used)
+    states = np.linspace(0, S - 1, min(S, STATES)).astype(int)
+    points = recording.probability[states].swapaxes(0, 1)  # (T, states, M, M)
+    points = points.reshape(-1, points.shape[-1] ** 2)
+    perplexity = min(30, (len(points) - 1) / 3)
+    places = TSNE(init="pca", perplexity=perplexity, random_state=0).fit_transform(points)
+    figure, axis = plt.subplots(figsize=(9, 5.6), layout="constrained")
+    for t, place in enumerate(places.reshape(len(tasks), len(states), 2)):
+        axis.scatter(*place.T, s=14, linewidths=0, alpha=0.75, label=tasks[t], **style(t))
+    axis.set(xticks=[], yticks=[], title="t-SNE of the routing probabilities, a point per state")
+    legend(axis)
+    figure.savefig(path, dpi=110)
+
+
+def plot_depth(rows, path):
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    for t, row in enumerate(rows):
+        for axis, name in zip(axes, ("success", "steps_to_success")):
+            point = axis.errorbar(
+                row["modules_used"], row[name], alpha=0.9, label=row["task"], linestyle="", **style(t)
+            )
+            point.lines[0].set_markersize(8)
+    axes[0].set(xlabel="modules used", ylabel="success rate", ylim=(-0.05, 1.05))
+    axes[1].set(xlabel="modules used", ylabel="steps to success, where there is one")
+    axes[1].sharex(axes[0])
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    legend(axes[1])
+    figure.savefig(path, dpi=110)
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--episodes", type=int, default=10)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    options = parser.parse_args(argv)
+    try:
+        args, tasks, saved = load(options.run, options.device)
+    except d2r.UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    recording = record(args, saved, tasks, options.episodes)
+    rows = table(recording, tasks)
+    lines = [[*rows[0]]] + [[f"{x:.3g}" if isinstance(x, float) else x for x in row.values()] for row in rows]
+    with open(options.run / "routing.csv", "w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(lines)
+    for line in lines:
+        print(f"{line[0]:<28}", *(f"{cell:>16}" for cell in line[1:6]), "", line[6])
+    plot_paths(recording, rows, args, options.run / "paths.png")
+    plot_tsne(recording, tasks, options.run / "tsne.png")
+    plot_depth(rows, options.run / "depth.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
