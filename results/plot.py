@@ -16,11 +16,14 @@ def style(task: int) -> dict:
     return {"color": COLORS[task % len(COLORS)], "marker": MARKERS[task // len(COLORS) % len(MARKERS)]}
 
 
-def legend(axis) -> None:
-    """All that has a label, on the right of the axis."""
-    number = len(axis.get_legend_handles_labels()[1])
-    options = {"ncols": -(-number // 18), "fontsize": "medium" if number < 18 else "small"}
-    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, markerscale=1.5, **options)
+def legend(figure) -> None:
+    """The labels of its last axis: on the right, or below where they are many."""
+    handles, labels = figure.axes[-1].get_legend_handles_labels()
+    options = {"loc": "outside right center"}
+    if len(labels) > 20:
+        options = {"loc": "outside lower center", "ncols": 5, "fontsize": "small"}
+        figure.set_figheight(figure.get_figheight() + 0.04 * len(labels))
+    figure.legend(handles, labels, frameon=False, markerscale=1.5, **options)
 
 
 def plot(run_dir: Path) -> Path:
@@ -41,7 +44,7 @@ def plot(run_dir: Path) -> Path:
         axis.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:,.0f}k")
         axis.set_ylim(0, 1.03 if name == "success" else None)
         axis.grid(alpha=0.3)
-    legend(axes[1])
+    legend(figure)
     figure.savefig(run_dir / "progress.png", dpi=110)
     return run_dir / "progress.png"
 

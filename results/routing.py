@@ -116,32 +116,33 @@ def table(recording: Steps, tasks: list[str]) -> list[dict]:
 
 
 class Graph:
-    """The modules and their edges on an axis: module i at x = i, so that all edges lead to the right.
+    """The modules and their edges on an axis, in rows; the later a module, the more to the right: so all edges lead there.
 
-    Modules stand in rows, of which P for --routing layer and model: a diagonal is then a layer, a row a chain."""
+    With --routing layer and model there are P rows: a diagonal is then a layer, a row a chain."""
 
     def __init__(self, axis, args, inches):
         """inches: about the axis' width."""
-        M, rows, width = args.num_modules, 4 if args.routing == "module" else args.parallel_modules, inches / 3.4
-        allowed = d2r.allowed_sources(M, args.routing, args.parallel_modules).numpy()
-        self.targets, self.sources = allowed.nonzero()
-        middle = -(min(rows, M) - 1) / 2
-        place = np.array([*((i, -(i % rows)) for i in range(M)), (M + 0.5, middle)]) * (1, 2.2)
+        M, P = args.num_modules, args.parallel_modules
+        rows = round(M**0.5) if args.routing == "module" else P
+        height = 6.6 if rows > 1 else 0
+        place = [(16 * i / M, -height * (i % rows) / max(rows - 1, 1)) for i in range(M)]
+        place = np.array([*place, (16.5, -height / 2)])  # and the head
+        self.targets, self.sources = d2r.allowed_sources(M, args.routing, P).numpy().nonzero()
         start, end = place[self.sources], place[self.targets + 1]
         bend = 0.5 * (start + end) + 0.2 * (end - start)[:, ::-1] * (-1, 1)  # else edges would run through modules
         t = np.linspace(0, 1, 20)[:, None, None]
         curves = (1 - t) ** 2 * start + 2 * t * (1 - t) * bend + t**2 * end
-        self.width, edge = width, "#D55E00"
+        self.width, edge = inches / 3.4 * min(1, 16 / M), "#D55E00"
         self.edges = LineCollection(curves.swapaxes(0, 1), colors=edge, linewidths=0, capstyle="round", zorder=1)
         axis.add_collection(self.edges)
-        for x, y, text in ((-1.7, 0, "state"), (M + 0.5, 2.2 * middle, "action")):
-            axis.plot([x, x + 1.7], [y, y], color=edge, linewidth=1.5 * width, zorder=0)
-            axis.text(x + 0.85, y + 0.7, text, ha="center", fontsize=6 * width + 2)
-        options = {"s": 60 * width**2, "linewidths": 0.6 * width}
+        for x, y, text in ((-1.7, 0, "state"), (*place[M], "action")):
+            axis.plot([x, x + 1.7], [y, y], color=edge, linewidth=1.5 * self.width, zorder=0)
+            axis.text(x + 0.85, y + 0.7, text, ha="center", fontsize=6 * inches / 3.4 + 2)
+        options = {"s": 60 * self.width**2, "linewidths": 0.6 * self.width}
         axis.scatter(*place[:M].T, facecolors="white", edgecolors="0.6", zorder=0, **options)  # under the edges
         self.nodes = axis.scatter(*place[:M].T, zorder=2, **options)
         axis.scatter(*place[M:].T, marker="s", color="0.2", zorder=2, **options)
-        axis.set(xlim=(-2.5, M + 3), ylim=(-2.2 * min(rows, M) + 0.8, 1.4), aspect="equal")
+        axis.set(xlim=(-2.5, 19), ylim=(-8, 1.8), aspect="equal")
         axis.axis("off")
 
     def show(self, shade, thickness):
@@ -155,14 +156,15 @@ class Graph:
 
 def plot_paths(recording, rows, args, path):
     columns = min(len(rows), 5)
-    lines, size = math.ceil(len(rows) / columns), 10 / columns
+    lines, width = math.ceil(len(rows) / columns), 10 if columns > 2 else 7
+    size = width / columns
     height = (0.45 * size + 0.5) * lines + 0.3
-    figure, axes = plt.subplots(lines, columns, figsize=(10, height), squeeze=False)
+    figure, axes = plt.subplots(lines, columns, figsize=(width, height), squeeze=False)
     for axis in axes.flat[len(rows) :]:
         axis.remove()
     usage, thickness = recording.used.mean(0), recording.weights.mean(0)
     for t, (axis, row) in enumerate(zip(axes.flat, rows)):
-        Graph(axis, args, size).show(usage[t], thickness[t])
+        Graph(axis, args, min(size, 3.5)).show(usage[t], thickness[t])
         title = f"{row['task']}\nsuccess {row['success']:.2f}, {row['modules_used']:.1f} modules"
         axis.set_title(title, fontsize=8.5 if columns > 3 else 10, linespacing=1.3)
     text = "Blue: share of steps that use the module.  Width of an edge: its mean weight × the share of steps that choose it."
@@ -182,7 +184,7 @@ def plot_tsne(recording, tasks, path):
     for t, place in enumerate(places.reshape(len(tasks), len(states), 2)):
         axis.scatter(*place.T, s=14, linewidths=0, alpha=0.75, label=tasks[t], **style(t))
     axis.set(xticks=[], yticks=[], title="t-SNE of the routing probabilities, a point per state")
-    legend(axis)
+    legend(figure)
     figure.savefig(path, dpi=110)
 
 
@@ -193,13 +195,13 @@ def plot_depth(rows, path):
             point = axis.errorbar(
                 row["modules_used"], row[name], alpha=0.9, label=row["task"], linestyle="", **style(t)
             )
-            point.lines[0].set_markersize(8)
+            point.lines[0].set_markersize(6)
     axes[0].set(xlabel="modules used", ylabel="success rate", ylim=(-0.05, 1.05))
     axes[1].set(xlabel="modules used", ylabel="steps to success, where there is one")
     axes[1].sharex(axes[0])
     for axis in axes:
         axis.grid(alpha=0.3)
-    legend(axes[1])
+    legend(figure)
     figure.savefig(path, dpi=110)
 
 
