@@ -218,7 +218,7 @@ def main(argv=None) -> int:
         return 2
     recording = record(args, saved, tasks, options.episodes)
     rows = table(recording, tasks)
-    lines = [[*rows[0]]] + [[f"{x:.3g}" if isinstance(x, float) else x for x in row.values()] for row in rows]
+    lines = [[*rows[0]]] + [[f"{x:.4g}" if isinstance(x, float) else x for x in row.values()] for row in rows]
     with open(options.run / "routing.csv", "w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(lines)
     for line in lines:
