@@ -577,14 +577,36 @@ def make_envs(tasks: list[str], args: Args, seed: int):
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
+class Episodes:
+    """Of each task the episodes that have ended: (success at any step, nan where no environment tells; return)."""
+
+    def __init__(self, T: int):
+        self.ended, self.success, self.total = [[] for _ in range(T)], np.full(T, np.nan), np.zeros(T)
+
+    def add(self, reward, ended, infos) -> None:
+        """One step of every task, (T,) arrays, as the environments gave it."""
+        last_infos = infos.get("final_info", {})
+        success = np.where(ended, last_infos.get("success", np.nan), infos.get("success", np.nan))
+        self.success, self.total = np.fmax(self.success, success), self.total + reward
+        for index in np.flatnonzero(ended):
+            self.ended[index].append((self.success[index], self.total[index]))
+            self.success[index], self.total[index] = np.nan, 0
+
+    def means(self, tasks: list[str], prefix: str = "") -> dict[str, float]:
+        """success/reach-v3, return/reach-v3 and so on, of the tasks with an episode, and their means over these."""
+        results = {}
+        for name, column in ((f"{prefix}success", 0), (f"{prefix}return", 1)):
+            means = {f"{name}/{t}": float(np.mean(done, axis=0)[column]) for t, done in zip(tasks, self.ended) if done}
+            results |= means | ({name: float(np.mean([*means.values()]))} if means else {})
+        return results
+
+
 @torch.no_grad()
-def evaluate(agent: Agent, envs, tasks: list[str], episodes: int, stop) -> dict[str, float]:
+def evaluate(agent: Agent, envs, tasks: list[str], number: int, stop) -> dict[str, float]:
     """Run so many episodes of each task with Top-K routes and tanh(mean). Returns {} where `stop` is set meanwhile.
 
-    Prints and returns for each task (success/reach-v3), and averaged (success): success, the share of episodes with one
-    at any step, nan where no environment tells; return, an episode's sum of rewards; modules_used, per step."""
-    success, episode_return = np.full(len(tasks), np.nan), np.zeros(len(tasks))
-    finished, used, steps = [[] for _ in tasks], 0, 0
+    Prints and returns Episodes.means, and modules_used, per step, of each task and averaged."""
+    episodes, used, steps = Episodes(len(tasks)), 0, 0
 
     @CUDAGraph
     def best_action(obs):
@@ -592,7 +614,7 @@ def evaluate(agent: Agent, envs, tasks: list[str], episodes: int, stop) -> dict[
         return output.chunk(2, dim=-1)[0].tanh(), used_modules(routes).sum(-1)  # (T, A), (T,)
 
     obs, _ = envs.reset()
-    while min(map(len, finished)) < episodes:
+    while min(map(len, episodes.ended)) < number:
         if stop.is_set():
             return {}
         obs = torch.as_tensor(obs, dtype=torch.float32).to(agent.task.device, non_blocking=True)
@@ -602,19 +624,14 @@ def evaluate(agent: Agent, envs, tasks: list[str], episodes: int, stop) -> dict[
         if not np.isfinite(action).all():
             raise RunError("the policy's actions are not finite")
         obs, reward, terminated, truncated, infos = envs.step(action)
-        ended, last_infos = terminated | truncated, infos.get("final_info", {})
-        success_now = np.where(ended, last_infos.get("success", np.nan), infos.get("success", np.nan))
-        success, episode_return = np.fmax(success, success_now), episode_return + reward
-        for index in np.flatnonzero(ended):
-            finished[index].append((success[index], episode_return[index]))
-            success[index], episode_return[index] = np.nan, 0
-    results = {}
-    for task, done, modules in zip(tasks, finished, (used / steps).tolist()):
-        mean_success, mean_return = np.mean(done[:episodes], axis=0).tolist()
-        results |= {f"success/{task}": mean_success, f"return/{task}": mean_return, f"modules_used/{task}": modules}
-        print(f"{task}: success {mean_success:.2f}, return {mean_return:.1f}, modules used {modules:.1f}")
-    for name in ("success", "return", "modules_used"):
-        results[name] = float(np.mean([results[f"{name}/{task}"] for task in tasks]))
+        episodes.add(reward, terminated | truncated, infos)
+    episodes.ended = [ended[:number] for ended in episodes.ended]
+    results = episodes.means(tasks)
+    results |= {f"modules_used/{task}": modules for task, modules in zip(tasks, (used / steps).tolist())}
+    results["modules_used"] = (used / steps).mean().item()
+    for task in tasks:
+        success, total, modules = (results[f"{name}/{task}"] for name in ("success", "return", "modules_used"))
+        print(f"{task}: success {success:.2f}, return {total:.1f}, modules used {modules:.1f}")
     print(f"mean success {results['success']:.2f}, modules used {results['modules_used']:.1f}")
     return results
 
@@ -664,6 +681,7 @@ def train(args: Args, tasks: list[str], saved: dict | None, stop) -> None:
         act, update = accelerate(agent)
         torch.manual_seed(seed + 1)
         began, saved_at, last_row, losses = time.monotonic() - run.seconds, time.monotonic(), run.global_step, {}
+        episodes = Episodes(T)
         while True:
             next_evaluation = min((run.evaluated_at // args.eval_every + 1) * args.eval_every, args.total_steps)
             evaluation_due = run.evaluated_at < next_evaluation <= run.global_step
@@ -675,6 +693,8 @@ def train(args: Args, tasks: list[str], saved: dict | None, stop) -> None:
                 record |= {f"alpha/{t}": x for t, x in zip(tasks, alpha.tolist())}
                 if (temperature := agent.temperature()) is not None:
                     record |= {f"temperature/{t}": x for t, x in zip(tasks, temperature.tolist())}
+                record |= episodes.means(tasks, "train_")
+                episodes.ended = [[] for _ in tasks]
                 if not evaluation_due:
                     log.write(run, record)
                 elif results := evaluate(agent, envs, tasks, args.eval_episodes, stop):
@@ -682,6 +702,7 @@ def train(args: Args, tasks: list[str], saved: dict | None, stop) -> None:
                     log.write(run, record | results)
                     began = time.monotonic() - run.seconds  # evaluations do not count
                     obs, _ = envs.reset()  # the evaluation left episodes of its own
+                    episodes = Episodes(T)
 
             # All ranks stop, and save, in the same step.
             finished = stop.is_set() or run.global_step >= args.total_steps
@@ -710,8 +731,9 @@ def train(args: Args, tasks: list[str], saved: dict | None, stop) -> None:
             if learning and not cuda:
                 losses = update(*replay.sample(n))
             next_obs, reward, terminated, truncated, infos = envs.step_wait()
+            episodes.add(reward, ended := terminated | truncated, infos)
             last_obs = next_obs.copy()
-            for index in np.flatnonzero(terminated | truncated):  # next_obs is the next episode's
+            for index in np.flatnonzero(ended):  # next_obs is the next episode's
                 last_obs[index] = infos["final_obs"][index]
             replay.add(obs, action, reward, last_obs, terminated, routes)
             obs = next_obs
@@ -814,16 +836,18 @@ class RunLog:
         facts = {"args": asdict(args), "tasks": tasks, "python": sys.version}
         facts["versions"] = {name: importlib.metadata.version(name) for name in packages}
         facts["commit"] = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD 2>/dev/null")
-        names = ("success", "return", "modules_used", "alpha", "temperature")
+        names = ("success", "return", "modules_used", "train_success", "train_return", "alpha", "temperature")
         self.columns = [*asdict(run), "steps_per_second", "critic_loss", "actor_loss", "alpha_loss"]
-        self.columns += [*names[:3], *(f"{name}/{task}" for name in names for task in tasks)]
+        self.columns += [*names[:5], *(f"{name}/{task}" for name in names for task in tasks)]
+        text = checkpoint["log"] if checkpoint else ",".join(self.columns) + "\n"  # as it was at the checkpoint
+        self.columns = text.partition("\n")[0].split(",")  # an older version's run goes on with the columns that it has
         self.args, self.last, self.path = args, replace(run), self.run_dir / "progress.csv"
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             with whole_file(self.run_dir / "args.json") as file:
                 json.dump(facts, file, indent=2)
-            with whole_file(self.path) as file:  # as it was at the checkpoint
-                file.write(checkpoint["log"] if checkpoint else ",".join(self.columns) + "\n")
+            with whole_file(self.path) as file:
+                file.write(text)
         except OSError as error:
             raise UsageError(f"--results-dir: {error}") from error
         print(f"{args.env_id}: {args.total_steps:,} steps, in {self.run_dir}", flush=True)
@@ -833,11 +857,13 @@ class RunLog:
         steps, seconds = run.global_step - self.last.global_step, run.seconds - self.last.seconds
         speed = steps / seconds if steps else math.nan  # no steps: resumed, then evaluated
         left = (self.args.total_steps / run.global_step - 1) * run.seconds / 3600
-        print(f"step {run.global_step:,}, {speed:,.1f} steps/s, {left:.1f} hours left", flush=True)
+        shown = {name: record.get(name, math.nan) for name in ("train_success", "train_return")}
+        learned = "".join(f", {name} {value:.2f}" for name, value in shown.items() if not math.isnan(value))
+        print(f"step {run.global_step:,}, {speed:,.1f} steps/s, {left:.1f} hours left{learned}", flush=True)
         record = asdict(run) | {"steps_per_second": speed} | record
         with open(self.path, "a") as file:
             cells = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in record.items()}
-            csv.DictWriter(file, self.columns, lineterminator="\n").writerow(cells)
+            csv.DictWriter(file, self.columns, extrasaction="ignore", lineterminator="\n").writerow(cells)
         if self.args.tensorboard:
             with suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter

@@ -660,6 +660,12 @@ def test_evaluation_by_hand():
     results = d2r.evaluate(agent, envs, ["a", "b"], 2, threading.Event())
     assert (results["success/a"], results["success/b"], results["success"]) == (0.5, 0.5, 0.5)
     assert (results["return/a"], results["return/b"], results["return"]) == (10.5, 2.0, 6.25)
+    episodes = d2r.Episodes(2)
+    assert episodes.means(["a", "b"], "train_") == {}
+    for ended in (False, True):
+        episodes.add(np.array([2.0, 1.0]), np.array([ended, False]), {"success": np.array([True, False])})
+    expected = {"train_success/a": 1, "train_success": 1, "train_return/a": 4, "train_return": 4}
+    assert episodes.means(["a", "b"], "train_") == expected  # without b, of which no episode has ended
     agent.actor.base_modules.head.bias.data[0] = math.nan  # MuJoCo would warn for ever
     with pytest.raises(d2r.RunError, match="the policy's actions are not finite"):
         d2r.evaluate(agent, types.SimpleNamespace(reset=envs.reset), ["a", "b"], 2, threading.Event())
@@ -700,7 +706,11 @@ def test_a_run_on_meta_world(tmp_path, capsys):
     options = TWO_TASKS.replace("5,10", "reach-v3,drawer-close-v3") + " --tensorboard"
     assert run(tmp_path, f"{options} --total-steps 240 --eval-every 160 --log-every 60") == 0
     run_dir, out = tmp_path / "run", capsys.readouterr().out
-    assert "240 steps" in out and "step 120, " in out and "--resume" in out
+    assert (
+        "240 steps" in out
+        and re.search(r"step 120, .* hours left, train_success [01]\.\d\d, train_return \d", out)
+        and "--resume" in out
+    )
     assert len([*run_dir.glob("events.out.tfevents.*"), *run_dir.glob("*.pt")]) == 3
     facts, records = json.loads((run_dir / "args.json").read_text()), progress(run_dir)
     assert facts["args"]["total_steps"] == 240 and facts["tasks"] == ["reach-v3", "drawer-close-v3"]
@@ -725,6 +735,14 @@ def test_a_run_on_meta_world(tmp_path, capsys):
     follows = (next_obs[:-1] == obs[1:]).all(-1).all(-1)
     assert [t for t in range(119) if not follows[t]] == [*range(9, 119, 10)]  # after 80 an evaluation came, too
     assert not terminated.any() and routes.max() == 3 and (reward > 0).any()
+    # Episodes of ten steps of each task that ended since the row before; the evaluation at 160 began new ones.
+    returns = reward[:, :, 0].view(12, 10, 2).sum(1)
+    for record, (first, last) in zip(records, ((0, 3), (3, 6), (6, 8), (8, 9), (9, 12)), strict=True):
+        means = returns[first:last].mean(0)
+        for task, mean in zip(facts["tasks"], means):
+            assert float(record[f"train_return/{task}"]) == pytest.approx(mean.item(), rel=1e-4)
+            assert record[f"train_success/{task}"] in ("0", "1") or first + 1 < last
+        assert float(record["train_return"]) == pytest.approx(means.mean().item(), rel=1e-4)
     assert d2r.main(["--evaluate", str(run_dir / "actor.pt"), "--eval-episodes", "2"]) == 0
     line = r": success [01]\.[05]0, return [0-9.]+, modules used [1-4]\.[0-9]\n"
     mean = r"mean success [01]\.[0-9]+, modules used [1-4]\.[0-9]\n"
@@ -766,6 +784,14 @@ def test_resume(tmp_path, pendulums, capsys):
     for damaged in (whole[:-1000], whole[: len(whole) // 2] + b"\x55" * 99 + whole[len(whole) // 2 + 99 :], b""):
         (run_dir / "checkpoint.pt").write_bytes(damaged)
         assert d2r.main(resume) == 2 and "missing, damaged or of another version" in capsys.readouterr().err
+    rows = [line.split(",") for line in newer["log"].splitlines()]
+    removed = rows[0].index("train_return")  # a column that the version of the checkpoint did not know
+    older = newer | {"log": "".join(",".join(r[:removed] + r[removed + 1 :]) + "\n" for r in rows)}
+    torch.save(older, run_dir / "checkpoint.pt")
+    assert d2r.main([*resume, "--total-steps", "360"]) == 0
+    records = progress(run_dir)
+    assert [r["train_return/5"] != "" for r in records] == [True] * len(records) and "train_return" not in records[0]
+    assert steps(run_dir)[-2:] == [300, 360] and all(None not in record for record in records)
     torch.save({"args": {}, "agent": {}, "replays": []}, run_dir / "checkpoint.pt")
     assert d2r.main(resume) == 2 and "of another version: it holds no buffers\n" in capsys.readouterr().err
 
