@@ -1231,6 +1231,44 @@ def test_film_with_and_without_opengl(figures, renderer):
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and "libosmesa6" in done.stderr
 
 
+def test_ablation(tmp_path, monkeypatch, capsys):
+    """Starts, resumes or leaves alone; a table of the seeds that are finished, checked by hand."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent / "results"))
+    ablation, commands = importlib.import_module("ablation"), []
+    monkeypatch.setattr(ablation, "RUNS", tmp_path)
+
+    def start(command, env, **options):
+        assert env["OMP_NUM_THREADS"] == "1"
+        commands.append(" ".join(map(str, command[2:])))
+        return types.SimpleNamespace(returncode=int("--top-k 9" in commands[-1]))
+
+    def write(name, success, total):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "args.json").write_text(json.dumps({"args": {"total_steps": total}}))
+        rows = [f"{10 * n},{value},{n}\n{10 * n + 5},,\n" for n, value in enumerate(success, start=1)]
+        (tmp_path / name / "progress.csv").write_text("global_step,success,modules_used\n" + "".join(rows))
+
+    monkeypatch.setattr(ablation.subprocess, "run", start)
+    write("d2r-seed1", [0, 0.1, 0.2, 0.5, 0.6, 0.6], 60)  # the last five: mean 0.4, and 4 modules used
+    write("d2r-seed2", [0, 0, 0, 0.1, 0.2, 0.2], 60)  # 0.1
+    write("k9-seed1", [0, 0.9], 60)  # unfinished
+    (tmp_path / "k9-seed1/checkpoint.pt").touch()
+    options = ["--seeds", "1", "2", "--only", "d2r", "k9", "--variant", "k9=--top-k 9", "--arguments=--gamma 0.9"]
+    assert ablation.main(options) == 1  # the second seed of k9 fails
+    resumed, started = sorted(commands, key=len)
+    assert len(commands) == 2 and resumed == f"--resume {tmp_path}/k9-seed1"
+    last = f"--gamma 0.9 --top-k 9 --seed 2 --results-dir {tmp_path} --run-name k9-seed2"
+    assert started == " ".join([*ablation.ARGUMENTS.split(), last])
+    out, err = capsys.readouterr()
+    assert "| d2r | 2 | 0.25 ± 0.21 | 40 (1 of 2) | 4.0 ± 0.0 |\n" in out and "| k9" not in out
+    assert (tmp_path / "table.md").read_text() in out and (tmp_path / "curves.png").read_bytes()[1:4] == b"PNG"
+    assert err.startswith("k9-seed2 failed: see ")
+    args, tasks, _ = d2r.parse_arguments(ablation.ARGUMENTS.split())
+    assert (len(tasks), args.batch_size, args.total_steps) == (5, 160, 200_000)
+    for arguments in ablation.VARIANTS.values():
+        d2r.parse_arguments([*ablation.ARGUMENTS.split(), *arguments.split()])
+
+
 # ----------------------------------------------------------------------------------------------------------- README
 def test_use_it_elsewhere(capsys):
     """README's example learns, with nothing but the block that it tells to paste, and torch."""

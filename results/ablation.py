@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: MIT
+"""Compare variants of D2R on five tasks: python results/ablation.py [--seeds 1 2 3] [--jobs 2].
+
+Trains each variant with each seed, so many runs at a time, each with one thread, in results/ablation/VARIANT-seedSEED; a
+run that has a checkpoint goes on. Then it writes table.md and curves.png there, from the runs that are finished; with
+--jobs 0 it does nothing else. Your own variant, and other arguments for all:
+
+    python results/ablation.py --only d2r k3 --variant "k3=--top-k 3" --arguments "--total-steps 50000"
+
+The tasks are among the easier ones of MT10, the networks small, the runs short: 200,000 environment steps.
+"""
+
+import argparse
+import csv
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from plot import COLORS
+
+SCRIPT, RUNS = Path(__file__).parent.parent / "d2r_sac.py", Path(__file__).parent / "ablation"
+ARGUMENTS = (
+    "--env-id reach-v3,drawer-close-v3,door-close-v3,window-close-v3,button-press-topdown-v3 --num-modules 8 "
+    "--module-width 64 --encoder-widths 128 128 --router-widths 64 --batch-size 160 --learning-rate 1e-3 "
+    "--initial-alpha 0.003 --learning-starts 5000 --total-steps 200000 --eval-every 10000 --eval-episodes 10 "
+    "--log-every 2000 --checkpoint-minutes 5 --no-tensorboard"
+)
+VARIANTS = {
+    "d2r": "",
+    "no-resrouting": "--no-resrouting",
+    "no-route-balancing": "--no-route-balancing",
+    "no-sample-k": "--no-sample-k",
+    "top-k-1": "--top-k 1",
+    "layer": "--routing layer --parallel-modules 4",
+    "model": "--routing model --parallel-modules 4",
+    "no-routing": "--routing model --parallel-modules 1",
+}
+
+
+def train(name: str, arguments: str) -> bool:
+    """A run, or what is left of it. Returns whether it ended well."""
+    run = RUNS / name
+    options = [*arguments.split(), "--results-dir", str(RUNS), "--run-name", name]
+    if (run / "checkpoint.pt").exists():
+        options = ["--resume", str(run)]
+    elif (run / "progress.csv").exists():  # without its checkpoint: it was finished, and this is kept of it
+        return True
+    print(name, flush=True)
+    with open(RUNS / f"{name}.log", "a") as log:
+        command, environment = [sys.executable, SCRIPT, *options], os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, stdout=log, stderr=log, check=False)
+    if done.returncode:
+        print(f"{name} failed: see {log.name}", file=sys.stderr)
+    return done.returncode == 0
+
+
+def evaluations(name: str) -> list[dict[str, float]]:
+    """global_step, success and modules_used of each evaluation of a run, once it is finished."""
+    run = RUNS / name
+    if not (run / "args.json").exists():
+        return []
+    with open(run / "progress.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["success"]]
+    total = json.loads((run / "args.json").read_text())["args"]["total_steps"]
+    columns = "global_step", "success", "modules_used"
+    finished = rows and int(rows[-1]["global_step"]) >= total
+    return [{column: float(row[column]) for column in columns} for row in rows] if finished else []
+
+
+def spread(values: list[float], form: str) -> str:
+    """Mean and, of several, standard deviation."""
+    deviation = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{form}}{deviation}" if values else ""
+
+
+def table(runs: dict[str, list]) -> str:
+    """A row for each variant, of the evaluations of its seeds."""
+    title = "| variant | seeds | success, last five evaluations | steps to 0.5 | modules used, last five evaluations |"
+    lines = [title, "|---|---|---|---|---|"]
+    for name, seeds in runs.items():
+        success, modules = (
+            [statistics.mean(row[c] for row in rows[-5:]) for rows in seeds] for c in ("success", "modules_used")
+        )
+        reached = [next((row["global_step"] for row in rows if row["success"] >= 0.5), None) for rows in seeds]
+        steps = [step for step in reached if step]
+        missing = f"({len(steps)} of {len(seeds)})" if len(steps) < len(seeds) else ""
+        when = f"{spread(steps, ',.0f')} {missing}".strip()
+        cells = name, str(len(seeds)), spread(success, ".2f"), when, spread(modules, ".1f")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(runs: dict[str, list], path: Path) -> None:
+    """An axis for each variant: mean success over its seeds and their range, over the first variant's mean in grey."""
+    columns = min(len(runs), 4)
+    lines = math.ceil(len(runs) / columns)
+    size = {"figsize": (2.6 * columns, 2.3 * lines), "sharex": True, "sharey": True, "squeeze": False}
+    figure, axes = plt.subplots(lines, columns, layout="constrained", **size)
+    first = None
+    for axis, (name, seeds) in zip(axes.flat, runs.items()):
+        columns = [*zip(*seeds)]  # of each evaluation the rows of all seeds
+        steps = [rows[0]["global_step"] / 1000 for rows in columns]
+        success = [[row["success"] for row in rows] for rows in columns]
+        first = first or (steps, [*map(statistics.mean, success)])
+        axis.plot(*first, color="0.7", linewidth=1)
+        axis.fill_between(steps, [*map(min, success)], [*map(max, success)], color=COLORS[0], alpha=0.2, linewidth=0)
+        axis.plot(steps, [*map(statistics.mean, success)], color=COLORS[0])
+        axis.set(title=name, ylim=(0, 1.02))
+        axis.grid(alpha=0.3)
+    for axis in axes.flat[len(runs) :]:
+        axis.remove()
+    figure.supxlabel("environment steps / 1000, summed over tasks", fontsize="medium")
+    figure.supylabel("success rate", fontsize="medium")
+    figure.savefig(path, dpi=110)
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--variant", action="append", default=[], metavar="NAME=ARGUMENTS")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="of the variants")
+    parser.add_argument("--arguments", default="", help="of d2r_sac.py, for all variants")
+    options = parser.parse_args(argv)
+    variants = VARIANTS | dict(variant.split("=", 1) for variant in options.variant)
+    names = options.only or [*variants]
+    RUNS.mkdir(exist_ok=True)
+    pool, well = ThreadPoolExecutor(max(options.jobs, 1)), True
+    try:
+        futures = []
+        for seed in options.seeds if options.jobs else []:
+            for name in names:
+                arguments = f"{ARGUMENTS} {options.arguments} {variants[name]} --seed {seed}"
+                futures.append(pool.submit(train, f"{name}-seed{seed}", arguments))
+        for future in futures:
+            well &= future.result()
+    except KeyboardInterrupt:  # the runs got it, too: they end with a checkpoint
+        pool.shutdown(cancel_futures=True)
+    runs = {name: [rows for seed in options.seeds if (rows := evaluations(f"{name}-seed{seed}"))] for name in names}
+    runs = {name: seeds for name, seeds in runs.items() if seeds}
+    if runs:
+        (RUNS / "table.md").write_text(table(runs))
+        print(table(runs), end="")
+        plot(runs, RUNS / "curves.png")
+    return 0 if well else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
