@@ -18,7 +18,8 @@ Difficult: Multi-Task Deep Reinforcement Learning with Dynamic Depth Routing", A
     SAC losses               per task; alpha_task, task weights, extreme-loss mask       task_losses, Agent.update
     automatic route balance  temperature_task = T softmax(-log alpha)_task               Agent.temperature
 
-Symbols: T tasks, M modules, H module width, K routing sources, B samples in a batch, n = B / T samples of each task.
+Symbols: T tasks, M modules, H module width, K routing sources, B samples in a batch, n = B / T samples of each task; P
+modules of a layer, or chains, where --routing is not by module.
 Modules are 0 ... M-1, and the head is module M. Module i takes its sources from modules 0 ... i-1: "row i" of the
 routing table has i entries and feeds module i, i = 1 ... M. A table (B, M, M) holds rows 1 ... M in this order, and so
 do routes (B, M, K), the sources chosen in each. Logits are -inf where module i may not take module j as a source; where
@@ -86,7 +87,7 @@ class Args:
     routing: Literal["module", "layer", "model"] = "module"
     """granularity: a module chooses among all earlier ones, or those of the layer before; or the head among chains"""
     parallel_modules: int = 4
-    """P, modules of a layer, or number of chains; routing by module has neither"""
+    """P, modules of a layer, or number of chains; only for routing by layer or model"""
     module_width: int = 128
     """H, width of a base module"""
     encoder_widths: tuple[int, ...] = (400, 400)
@@ -163,7 +164,7 @@ def mlp(*widths: int) -> nn.Sequential:
 
 
 class RoutingNetwork(nn.Module):
-    """Embeds state and task, and from both gives the logits of the sources that are allowed, (M, M) bool."""
+    """Embeds state and task, and from both gives the routing logits. allowed: as from allowed_sources."""
 
     def __init__(self, input_dim, num_tasks, allowed, encoder_widths, router_widths):
         super().__init__()
@@ -225,16 +226,17 @@ def allowed_sources(M: int, routing: str, P: int) -> Tensor:
     """Routing granularity: (M, M) bool, the sources among which each module may choose; the last row is the head's.
 
     module: all earlier ones. layer: of M/P layers of P modules, those of the layer before. model: of P chains of M/P
-    modules, the one before in its chain; the head chooses among the chains' ends. P = 1: a network without any routing,
-    and so without its task. Module 0, the only one that reads h, is the source of the other P - 1 at the beginning."""
+    modules, the one before in its chain; the head chooses among the chains' ends. In all three module 0 alone reads h; it
+    is the source of the other P - 1 at the beginning. By layer or by model with P = 1 nothing is left to choose, and the
+    task has no influence. Raises ValueError."""
     # NOTE: the paper compares these three; the authors' code has the first alone, and the others are our reading.
+    if routing != "module" and not (1 <= P <= M and M % P == 0):
+        raise ValueError(f"num_modules, {M}, must be a multiple of parallel_modules, {P}")
     i, source = torch.arange(1, M + 1)[:, None], torch.arange(M)
-    allowed = {
-        "module": source < i,
-        "layer": source // P == i // P - 1,
-        "model": (source == i - P) | (i == M) & (source >= M - P),
-    }
-    return allowed[routing] | (i < P) & (source == 0)
+    if routing == "module":
+        return source < i
+    before = source == i - P if routing == "model" else source // P == i // P - 1
+    return torch.where(i < P, source == 0, torch.where(i == M, source >= M - P, before))
 
 
 # ------------------------------------------------------------------------------------------------------- base modules
@@ -343,7 +345,8 @@ class BaseModules(nn.Module):
 class D2RNetwork(nn.Module):
     """A routing network with its base modules: an actor (output: mean and log std), a critic (output: Q), or any other.
 
-    top_k 0: soft routing over all sources that are allowed. make_module(width_in, width_out) makes a base module."""
+    top_k 0: soft routing over all that a module may choose. routing, parallel_modules: see allowed_sources.
+    make_module(width_in, width_out) makes a base module."""
 
     def __init__(self, input_dim, output_dim, num_tasks, num_modules=16, top_k=2, module_width=128,
                  encoder_widths=(400, 400), router_widths=(256, 256), resrouting=True, routing="module",
@@ -351,8 +354,6 @@ class D2RNetwork(nn.Module):
         super().__init__()
         if not 0 <= top_k <= num_modules:
             raise ValueError(f"top_k, {top_k}, must lie between 0 and num_modules, {num_modules}")
-        if routing != "module" and num_modules % parallel_modules:
-            raise ValueError(f"num_modules, {num_modules}, must be a multiple of parallel_modules, {parallel_modules}")
         self.K, M = top_k or num_modules, num_modules
         allowed = allowed_sources(M, routing, parallel_modules)
         self.routing_network = RoutingNetwork(input_dim, num_tasks, allowed, encoder_widths, router_widths)
@@ -921,6 +922,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[Args, list[str], dict | Non
             if type(number) in (int, float) and not low <= number <= high:
                 wanted = f"lie between {low} and {high}" if name in ranges else "be positive and finite"
                 raise UsageError(f"--{name.replace('_', '-')} is {number}; it must {wanted}")
+    if args.routing == "module" and args.parallel_modules != Args.parallel_modules:
+        raise UsageError("--parallel-modules is for --routing layer and model")
     if args.routing != "module" and args.num_modules % args.parallel_modules:
         raise UsageError(f"--num-modules must be a multiple of --parallel-modules, {args.parallel_modules}")
     if args.batch_size % (T * ranks):

@@ -1022,6 +1022,7 @@ MISTAKES = f"""
 --buffer-size 100: --buffer-size must be at least a batch, 1280
 --learning-rate nan: --learning-rate is nan; it must be positive and finite
 --top-k 17: --top-k is 17; it must lie between 0 and 16
+--parallel-modules 2: --parallel-modules is for --routing layer and model
 --routing layer --parallel-modules 5: --num-modules must be a multiple of --parallel-modules, 5
 --encoder-widths: --encoder-widths is 0; it must be positive
 --device cuda: --device is cuda, and PyTorch finds none here; write --device cpu
@@ -1113,9 +1114,9 @@ def figures(tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     torch.save({"args": vars(args), "actor": actor.state_dict()}, tmp_path / "run/actor.pt")
 
-    def remember(module, _, output):
-        if isinstance(module, d2r.D2RNetwork):
-            chosen.append(output[1].tolist())
+    def remember(module, inputs, _):
+        if isinstance(module, d2r.BaseModules):
+            chosen.append(inputs[2].tolist())
 
     with nn.modules.module.register_module_forward_hook(remember):
         yield film, routing, tmp_path / "run", chosen
@@ -1130,10 +1131,12 @@ def used_edges(route):
     return edges(len(route))
 
 
-def test_routing_figures(figures, monkeypatch, capsys):
+def test_routing_figures(figures, tmp_path, monkeypatch, capsys):
     _, routing, run_dir, chosen = figures
     recordings, record = [], routing.record
     monkeypatch.setattr(routing, "record", lambda *options: recordings.append(record(*options)) or recordings[0])
+    assert routing.main([str(run_dir), "--episodes", "0"]) == routing.main([str(tmp_path / "none")]) == 2
+    assert re.fullmatch(r"error: --episodes .*\nerror: \S+none/actor.pt is missing.*\n", capsys.readouterr().err)
     assert routing.main([str(run_dir), "--episodes", "3", "--device", "cpu"]) == 0
     assert len(chosen) == 30 and capsys.readouterr().out.count("\n") == 3
     assert all((run_dir / name).read_bytes()[:4] == b"\x89PNG" for name in ("paths.png", "tsne.png", "depth.png"))
@@ -1176,6 +1179,23 @@ def test_table_of_routing(figures):
     assert a["edge_overlap"] == pytest.approx(1 / 1.5) and b["edge_overlap"] == 0.5 and a["nearest_task"] == "b"
 
 
+def test_figures_where_there_is_nothing_to_choose(figures, tmp_path, capsys):
+    """All routing probabilities are equal, and t-SNE has nothing to show."""
+    _, routing, _, _ = figures
+    args, tasks, _ = d2r.parse_arguments(
+        f"{TWO_TASKS} --batch-size 20 --routing model --parallel-modules 1".replace("5,10", "MT10").split()
+    )
+    probability = np.tile(np.eye(4, dtype=np.float32), (30, 10, 1, 1))
+    used, ended = np.ones((30, 10, 4), bool), np.arange(30)[:, None] % 10 == np.full(10, 9)
+    steps = routing.Steps(probability, used, probability > 0, probability, ~ended & False, ended)
+    rows = routing.table(steps, tasks)
+    assert all((row["modules_used"], row["episodes"], row["edge_overlap"]) == (4, 3, 1) for row in rows)
+    routing.plot_paths(steps, rows, args, tmp_path / "paths.png")
+    routing.plot_depth(rows, tmp_path / "depth.png")
+    routing.plot_tsne(steps, tasks, tmp_path / "tsne.png")
+    assert "no t-SNE" in capsys.readouterr().out and len([*tmp_path.glob("*.png")]) == 2
+
+
 def test_film(figures, monkeypatch, capsys):
     """With a stand-in for OpenGL, whose pictures are as bright as MuJoCo's time: what is lit is what that step uses."""
     film, routing, run_dir, chosen = figures
@@ -1207,8 +1227,13 @@ def test_film(figures, monkeypatch, capsys):
             for t in range(tasks):
                 edges = used_edges(chosen[9 * t + step][0])
                 assert lit[n * tasks + t] == ({j for j, _ in edges}, edges)
-    assert film.main([str(run_dir), "--task", "push-v3"]) == 2
-    assert "the tasks of this run are reach-v3, drawer-close-v3" in capsys.readouterr().err
+    mistakes = [["--task", "push-v3"], ["--seconds", "0"], ["--seconds", "nan"]]
+    assert [film.main([str(run_dir), *mistake]) for mistake in mistakes] == [2, 2, 2]
+    message = "error: --task: the tasks of this run are reach-v3, drawer-close-v3\n"
+    assert capsys.readouterr().err == message + 2 * "error: --seconds must lie between 0.1 and 60\n"
+    monkeypatch.setattr(film, "BYTES", len(path.read_bytes()) - 1)
+    assert film.main([str(run_dir), "--seconds", "0.5"]) == 0 and imageio.immeta(path)["duration"] > 150
+    assert path.stat().st_size <= film.BYTES and len(imageio.imread(path)) == 3
 
 
 @pytest.mark.parametrize("renderer", ["osmesa", "glfw"])

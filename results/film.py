@@ -2,9 +2,10 @@
 """Film a policy: MUJOCO_GL=egl python results/film.py results/RUN [--task drawer-close-v3 ...] [--seconds 8].
 
 Writes a GIF of an episode of RUN/actor.pt, up to a little after its success: the robot, the graph of that very step with
-the modules and edges that it uses, and the modules used over time. Several tasks stand side by side; without --task, all
-of the run. MuJoCo renders with OpenGL: on a GPU with MUJOCO_GL=egl, without one with MUJOCO_GL=osmesa (Debian:
-apt-get install libosmesa6).
+the modules and edges that it uses, and the modules used over time. Without --task all tasks of the run stand side by
+side, in RUN/film.gif; with it those named, in RUN/film-TASK.gif. A film of more than 3 MB loses every second frame. For
+Meta-World alone; MuJoCo renders with OpenGL: on a GPU with MUJOCO_GL=egl, without one with MUJOCO_GL=osmesa (Debian:
+apt-get install libosmesa6), which takes half a minute for a task.
 """
 
 import argparse
@@ -14,11 +15,13 @@ import sys
 from itertools import islice
 from pathlib import Path
 
-if __name__ == "__main__":  # before MuJoCo is imported, which looks for OpenGL then
+if __name__ == "__main__" and not {"-h", "--help"} & {*sys.argv}:  # before MuJoCo is imported: it looks for OpenGL then
     check = "import mujoco; mujoco.Renderer(mujoco.MjModel.from_xml_string('<mujoco/>'), 8, 8)"
-    if subprocess.run([sys.executable, "-c", check], check=False, capture_output=True).returncode:
+    probe = subprocess.run([sys.executable, "-c", check], check=False, capture_output=True, text=True)
+    if probe.returncode:
         advice = "set MUJOCO_GL=egl on a GPU; without one set MUJOCO_GL=osmesa, and install libosmesa6 (Debian's name)"
-        print(f"error: MuJoCo finds no OpenGL here; {advice}", file=sys.stderr)
+        reason = next((line for line in probe.stderr.splitlines() if "Error: " in line), "")
+        print(f"error: MuJoCo finds no OpenGL here; {advice} ({reason})", file=sys.stderr)
         sys.exit(2)
 
 import gymnasium as gym
@@ -35,19 +38,21 @@ FRAMES_PER_SECOND, STEPS_AFTER_SUCCESS, WIDTH, BYTES = 10, 15, 840, 3e6
 class Remember(gym.Wrapper):
     """Keeps MuJoCo's state of before each step."""
 
-    states = ()
+    def __init__(self, env):
+        super().__init__(env)
+        self.states = []
 
     def step(self, action):
-        self.states = *self.states, copy.copy(self.unwrapped.data)
+        self.states.append(copy.copy(self.unwrapped.data))
         return super().step(action)
 
 
-def play(args, saved, tasks, index):
-    """An episode of a task but for its last step, after which comes the next: MuJoCo's model, its states, Steps."""
+def play(args, tasks, actor, index):
+    """An episode of a task: MuJoCo's model, its states, Steps. Without the last step: the environment resets itself there."""
     env = Remember(d2r.make_env(tasks[index], args, args.seed))
     make = [lambda: gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))]
     envs = gym.vector.SyncVectorEnv(make, autoreset_mode="SameStep")
-    steps = [*islice(rollout(args, saved, envs, [index]), args.episode_length - 1)]
+    steps = [*islice(rollout(actor, envs, args.seed, [index]), max(args.episode_length - 1, 1))]
     return env.unwrapped.model, env.states, Steps(*map(np.concatenate, zip(*steps)))
 
 
@@ -70,7 +75,8 @@ def panel(axes, args, title, pictures, steps: Steps, shown, inches):
     options = {"va": "top", "color": "white", "weight": "bold", "fontsize": 7 if small else 9}
     solved = axes["robot"].text(0.03, 0.96, "success", transform=axes["robot"].transAxes, **options)
     graph = Graph(axes["graph"], args, inches)
-    axes["depth"].set(xlim=(0, shown[-1] + 1), ylim=(0, args.num_modules), yticks=(0, args.num_modules))
+    M = args.num_modules
+    axes["depth"].set(xlim=(1, shown[-1] + 1), ylim=(0, 1.08 * M), yticks=(0, M))
     axes["depth"].set_xlabel("step", fontsize=8, labelpad=1)
     axes["depth"].set_ylabel("modules used", fontsize=6 if small else 8)
     axes["depth"].tick_params(labelsize=7)
@@ -79,9 +85,9 @@ def panel(axes, args, title, pictures, steps: Steps, shown, inches):
     def show(n):
         step = shown[n]
         robot.set_data(pictures[n])
-        solved.set_visible(steps.success[step])
+        solved.set_visible(step > 0 and steps.success[step - 1])  # the picture is of before the step
         graph.show(steps.used[step], steps.weights[step])
-        depth.set_data(range(step + 1), steps.used[: step + 1].sum(1))
+        depth.set_data(range(1, step + 2), steps.used[: step + 1].sum(1))
 
     return show
 
@@ -115,29 +121,34 @@ def main(argv=None) -> int:
     parser.add_argument("--seconds", type=float, default=8)
     options = parser.parse_args(argv)
     try:
-        args, tasks, saved = load(options.run, "cpu")
-        unknown = {*options.task} - {*tasks}
-        if unknown or options.seconds <= 0:
-            raise d2r.UsageError(f"--task: the tasks of this run are {', '.join(tasks)}; --seconds is above 0")
+        args, tasks, actor = load(options.run, "cpu")
+        if not {*options.task} <= {*tasks}:
+            raise d2r.UsageError(f"--task: the tasks of this run are {', '.join(tasks)}")
+        if not 0.1 <= options.seconds <= 60:
+            raise d2r.UsageError("--seconds must lie between 0.1 and 60")
     except d2r.UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {str(error).removeprefix('--evaluate: ')}", file=sys.stderr)
         return 2
-    chosen = options.task or tasks
-    episodes = [play(args, saved, tasks, tasks.index(task)) for task in chosen]
+    chosen = [*dict.fromkeys(options.task)] or tasks
+    episodes = [play(args, tasks, actor, tasks.index(task)) for task in chosen]
     solved = [steps.success.argmax() if steps.success.any() else args.episode_length for *_, steps in episodes]
-    length = min(max(solved) + STEPS_AFTER_SUCCESS, args.episode_length - 1)
+    length = min(max(solved) + STEPS_AFTER_SUCCESS, len(episodes[0][2].success))
     number = min(length, round(options.seconds * FRAMES_PER_SECOND))
     shown = np.linspace(0, length - 1, number).astype(int)
-    path = options.run / ("film.gif" if not options.task else f"film-{'-'.join(options.task)}.gif")
     frames = [Image.fromarray(frame) for frame in draw(args, chosen, episodes, shown)]
     # One palette for all frames: what does not move has the same colours in each, and takes no space.
     palette = Image.fromarray(np.concatenate(frames[:: max(1, number // 4)])).quantize(256)
     frames = [np.asarray(frame.quantize(palette=palette, dither=Image.Dither.NONE).convert("RGB")) for frame in frames]
-    imageio.imwrite(path, frames, loop=0, duration=1000 * options.seconds / len(frames))
-    while path.stat().st_size > BYTES and len(frames) > 1:
+
+    def gif():
+        duration = 1000 * options.seconds / len(frames)
+        return imageio.imwrite("<bytes>", frames, extension=".gif", loop=0, duration=duration)
+
+    while len(data := gif()) > BYTES and len(frames) > 1:
         frames = frames[::2]
-        imageio.imwrite(path, frames, loop=0, duration=1000 * options.seconds / len(frames))
-    print(path, f"{len(frames)} frames, {path.stat().st_size / 1e6:.1f} MB")
+    path = options.run / (f"film-{'-'.join(chosen)}.gif" if options.task else "film.gif")
+    path.write_bytes(data)
+    print(path, f"{len(frames)} frames, {len(data) / 1e6:.1f} MB")
     return 0
 
 

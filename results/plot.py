@@ -12,8 +12,8 @@ MARKERS = "osD^vPX<>"
 
 
 def style(task: int) -> dict:
-    """Colour and marker of the task of this index, of at most 54."""
-    return {"color": COLORS[task % len(COLORS)], "marker": MARKERS[task // len(COLORS) % len(MARKERS)]}
+    """Colour and marker of the task of this index: each of 54 has a pair of its own."""
+    return {"color": COLORS[task % len(COLORS)], "marker": MARKERS[(task + task // 18) % len(MARKERS)]}
 
 
 def legend(figure) -> None:

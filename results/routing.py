@@ -4,10 +4,11 @@
 Runs RUN/actor.pt as an evaluation does, and writes into RUN/
 
     paths.png     each task's graph of modules, from the state on the left to the action on the right
-    tsne.png      t-SNE of the routing probabilities of some 200 states of each task
     depth.png     modules used by each task, against its success and its steps to success
+    tsne.png      t-SNE of the routing probabilities of some 200 states of each task
     routing.csv   the numbers, which it also prints
 
+    episodes            at least so many of each task; all that follows is of these
     success             share of episodes with a success at any step
     steps_to_success    of those episodes, on average
     modules_used, _std  mean and standard deviation over all steps
@@ -50,25 +51,27 @@ class Steps(NamedTuple):
 
 
 def load(run_dir: Path, device: str = "auto"):
-    """Arguments, tasks and saved weights of RUN/actor.pt. Raises d2r.UsageError."""
-    return d2r.parse_arguments(["--evaluate", str(run_dir / "actor.pt"), "--device", device])
+    """Arguments, tasks and policy of RUN/actor.pt. Raises d2r.UsageError."""
+    args, tasks, saved = d2r.parse_arguments(["--evaluate", str(run_dir / "actor.pt"), "--device", device])
+    device = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    weights = {name.removeprefix("routing_network."): weight for name, weight in saved["actor"].items()}
+    obs_dim, action_dim = weights["obs_encoder.0.weight"].shape[1], len(weights["base_modules.head.weight"]) // 2
+    actor = d2r.Agent(obs_dim, action_dim, len(tasks), args, device).actor
+    actor.load_state_dict(saved["actor"])
+    return args, tasks, actor
 
 
 @torch.no_grad()
-def rollout(args, saved, envs, tasks: list[int]):
-    """Act in envs as an evaluation does, for ever: Steps, one by one."""
-    (obs_dim,), (action_dim,) = envs.observation_space.shape[1:], envs.action_space.shape[1:]
-    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    num_tasks = saved["actor"]["routing_network.task_encoder.weight"].shape[1]
-    actor = d2r.Agent(obs_dim, action_dim, num_tasks, args, device).actor
-    actor.load_state_dict(saved["actor"])
-    envs.reset(seed=args.seed)
+def rollout(actor, envs, seed: int, tasks: list[int]):
+    """Act in envs, of the tasks with these indices, as an evaluation does, for ever: Steps, one by one."""
+    task = torch.tensor(tasks, device=actor.base_modules.head.weight.device)
+    success = np.zeros(len(tasks), bool)
+    envs.reset(seed=seed)
     obs, _ = envs.reset()
-    success, task = np.zeros(len(tasks), bool), torch.tensor(tasks, device=device)
     while True:
-        obs = torch.as_tensor(obs, dtype=torch.float32, device=device)
-        _, logits = actor.routing_network(obs, task)
-        output, routes = actor(obs, task)
+        h, logits = actor.routing_network(torch.as_tensor(obs, dtype=torch.float32, device=task.device), task)
+        routes = d2r.top_k(logits, actor.K)
+        output = actor.base_modules(h, logits, routes)
         used = d2r.used_modules(routes)
         chosen = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, routes, True)
         edges = chosen & F.pad(used[:, 1:], (0, 1), value=True)[..., None]
@@ -82,29 +85,30 @@ def rollout(args, saved, envs, tasks: list[int]):
         success = success & ~ended
 
 
-def record(args, saved, tasks: list[str], episodes: int) -> Steps:
+def record(args, tasks: list[str], actor, episodes: int) -> Steps:
     """So many episodes of each task, in processes of their own."""
     steps, finished = [], 0
     with d2r.make_envs(tasks, args, args.seed) as envs:
-        for step in rollout(args, saved, envs, [*range(len(tasks))]):
+        for step in rollout(actor, envs, args.seed, [*range(len(tasks))]):
             steps.append(step)
             finished = finished + step.ended
             if finished.min() >= episodes:
                 return Steps(*map(np.stack, zip(*steps)))
 
 
-def table(recording: Steps, tasks: list[str]) -> list[dict]:
+def table(steps: Steps, tasks: list[str]) -> list[dict]:
     """A row of numbers for each task."""
-    rows, depth, shares = [], recording.used.sum(2), recording.edges.mean(0)  # (S, T), (T, M, M)
+    rows, depth, shares = [], steps.used.sum(2), steps.edges.mean(0)  # depth (S, T), shares (T, M, M)
     for t, task in enumerate(tasks):
-        ends = [-1, *np.flatnonzero(recording.ended[:, t])]
-        episodes = [recording.success[start + 1 : end + 1, t] for start, end in pairwise(ends)]
+        ends = [-1, *np.flatnonzero(steps.ended[:, t])]
+        episodes = [steps.success[start + 1 : end + 1, t] for start, end in pairwise(ends)]
         times = [np.flatnonzero(episode)[0] + 1 for episode in episodes if episode.any()]
         others = [u for u in range(len(tasks)) if u != t]
         common = {u: np.minimum(shares[t], shares[u]).sum() / shares[t].sum() for u in others}
         nearest = max(common, key=common.get, default=None)
         rows.append({
             "task": task,
+            "episodes": len(episodes),
             "success": len(times) / len(episodes),
             "steps_to_success": np.mean(times) if times else math.nan,
             "modules_used": depth[:, t].mean(),
@@ -116,9 +120,9 @@ def table(recording: Steps, tasks: list[str]) -> list[dict]:
 
 
 class Graph:
-    """The modules and their edges on an axis, in rows; the later a module, the more to the right: so all edges lead there.
-
-    With --routing layer and model there are P rows: a diagonal is then a layer, a row a chain."""
+    """The modules and their edges on an axis. All edges lead to the right, since each module stands to the right of the
+    one before. It also stands below it, until a new slanted column begins: with routing by layer or model a column is a
+    layer, and a row a chain. Places are in units of a sixteenth of the modules' width."""
 
     def __init__(self, axis, args, inches):
         """inches: about the axis' width."""
@@ -129,7 +133,10 @@ class Graph:
         place = np.array([*place, (16.5, -height / 2)])  # and the head
         self.targets, self.sources = d2r.allowed_sources(M, args.routing, P).numpy().nonzero()
         start, end = place[self.sources], place[self.targets + 1]
-        bend = 0.5 * (start + end) + 0.2 * (end - start)[:, ::-1] * (-1, 1)  # else edges would run through modules
+        bend = 0.5 * (start + end) + 0.2 * (end - start)[:, ::-1] * (
+            -1,
+            1,
+        )  # or edges in one line would hide each other
         t = np.linspace(0, 1, 20)[:, None, None]
         curves = (1 - t) ** 2 * start + 2 * t * (1 - t) * bend + t**2 * end
         self.width, edge = inches / 3.4 * min(1, 16 / M), "#D55E00"
@@ -151,10 +158,10 @@ class Graph:
         color[:, 3] = np.asarray(shade) > 0
         self.nodes.set(facecolors=color, edgecolors=color * (0.4, 0.4, 0.4, 1))
         thickness = thickness[self.targets, self.sources]
-        self.edges.set_linewidths(np.where(thickness > 0, self.width * (0.3 + 4.2 * thickness), 0))
+        self.edges.set_linewidths(np.where(thickness > 0, self.width * (0.15 + 4.35 * thickness), 0))
 
 
-def plot_paths(recording, rows, args, path):
+def plot_paths(steps, rows, args, path):
     columns = min(len(rows), 5)
     lines, width = math.ceil(len(rows) / columns), 10 if columns > 2 else 7
     size = width / columns
@@ -162,45 +169,45 @@ def plot_paths(recording, rows, args, path):
     figure, axes = plt.subplots(lines, columns, figsize=(width, height), squeeze=False)
     for axis in axes.flat[len(rows) :]:
         axis.remove()
-    usage, thickness = recording.used.mean(0), recording.weights.mean(0)
+    usage, thickness = steps.used.mean(0), steps.weights.mean(0)
     for t, (axis, row) in enumerate(zip(axes.flat, rows)):
         Graph(axis, args, min(size, 3.5)).show(usage[t], thickness[t])
         title = f"{row['task']}\nsuccess {row['success']:.2f}, {row['modules_used']:.1f} modules"
         axis.set_title(title, fontsize=8.5 if columns > 3 else 10, linespacing=1.3)
-    text = "Blue: share of steps that use the module.  Width of an edge: its mean weight × the share of steps that choose it."
+    text = "Modules 0, 1, ... column by column. Blue: share of steps that use it; edge: mean weight × share of steps that choose it."
     figure.text(0.5, 0.05 / height, text, ha="center", va="bottom", fontsize=8.5)
     figure.subplots_adjust(0.005, 0.3 / height, 0.995, 1 - 0.45 / height, 0.02, 0.5 / (0.45 * size))
     figure.savefig(path, dpi=120)
-
-
-def plot_tsne(recording, tasks, path):
-    S = len(recording.used)
-    states = np.linspace(0, S - 1, min(S, STATES)).astype(int)
-    points = recording.probability[states].swapaxes(0, 1)  # (T, states, M, M)
-    points = points.reshape(-1, points.shape[-1] ** 2)
-    perplexity = min(30, (len(points) - 1) / 3)
-    places = TSNE(init="pca", perplexity=perplexity, random_state=0).fit_transform(points)
-    figure, axis = plt.subplots(figsize=(9, 5.6), layout="constrained")
-    for t, place in enumerate(places.reshape(len(tasks), len(states), 2)):
-        axis.scatter(*place.T, s=14, linewidths=0, alpha=0.75, label=tasks[t], **style(t))
-    axis.set(xticks=[], yticks=[], title="t-SNE of the routing probabilities, a point per state")
-    legend(figure)
-    figure.savefig(path, dpi=110)
 
 
 def plot_depth(rows, path):
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for t, row in enumerate(rows):
         for axis, name in zip(axes, ("success", "steps_to_success")):
-            point = axis.errorbar(
-                row["modules_used"], row[name], alpha=0.9, label=row["task"], linestyle="", **style(t)
-            )
-            point.lines[0].set_markersize(6)
-    axes[0].set(xlabel="modules used", ylabel="success rate", ylim=(-0.05, 1.05))
-    axes[1].set(xlabel="modules used", ylabel="steps to success, where there is one")
+            options = {"xerr": row["modules_used_std"], "elinewidth": 0.5, "label": row["task"], "linestyle": ""}
+            axis.errorbar(row["modules_used"], row[name], markersize=7, markerfacecolor="none", **options, **style(t))
+    axes[0].set(xlabel="modules used, ± standard deviation", ylabel="success rate", ylim=(-0.05, 1.05))
+    axes[1].set(xlabel="modules used, ± standard deviation", ylabel="steps to success, where there is one")
     axes[1].sharex(axes[0])
     for axis in axes:
         axis.grid(alpha=0.3)
+    legend(figure)
+    figure.savefig(path, dpi=110)
+
+
+def plot_tsne(steps, tasks, path):
+    S = len(steps.used)
+    shown = np.linspace(0, S - 1, min(S, STATES)).astype(int)
+    points = steps.probability[shown].swapaxes(0, 1)  # (T, states, M, M)
+    points = points.reshape(-1, points.shape[-1] ** 2)
+    if len(points) < 10 or np.ptp(points, axis=0).max() < 1e-6:
+        print("no t-SNE: there are too few states, or all have the same routing probabilities")
+        return
+    places = TSNE(init="pca", perplexity=min(30, len(points) / 4), random_state=0).fit_transform(points)
+    figure, axis = plt.subplots(figsize=(9, 5.6), layout="constrained")
+    for t, place in enumerate(places.reshape(len(tasks), len(shown), 2)):
+        axis.scatter(*place.T, s=18, linewidths=0.6, alpha=0.75, label=tasks[t], **style(t))
+    axis.set(xticks=[], yticks=[], title="t-SNE of the routing probabilities, a point per state")
     legend(figure)
     figure.savefig(path, dpi=110)
 
@@ -212,20 +219,22 @@ def main(argv=None) -> int:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     options = parser.parse_args(argv)
     try:
-        args, tasks, saved = load(options.run, options.device)
+        args, tasks, actor = load(options.run, options.device)
+        if options.episodes < 1:
+            raise d2r.UsageError("--episodes must be at least 1")
     except d2r.UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {str(error).removeprefix('--evaluate: ')}", file=sys.stderr)
         return 2
-    recording = record(args, saved, tasks, options.episodes)
-    rows = table(recording, tasks)
+    steps = record(args, tasks, actor, options.episodes)
+    rows = table(steps, tasks)
     lines = [[*rows[0]]] + [[f"{x:.4g}" if isinstance(x, float) else x for x in row.values()] for row in rows]
     with open(options.run / "routing.csv", "w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(lines)
     for line in lines:
-        print(f"{line[0]:<28}", *(f"{cell:>16}" for cell in line[1:6]), "", line[6])
-    plot_paths(recording, rows, args, options.run / "paths.png")
-    plot_tsne(recording, tasks, options.run / "tsne.png")
+        print(f"{line[0]:<28}", *(f"{cell:>16}" for cell in line[1:-1]), "", line[-1])
+    plot_paths(steps, rows, args, options.run / "paths.png")
     plot_depth(rows, options.run / "depth.png")
+    plot_tsne(steps, tasks, options.run / "tsne.png")
     return 0
 
 
