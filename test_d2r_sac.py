@@ -289,8 +289,9 @@ def test_routes_from_outside():
         tiny_network(5, top_k=6)
 
 
-def test_used_modules_against_every_path():
-    routes = d2r.sample_k(random_table(200, 6), 2)
+@pytest.mark.parametrize("granularity", [("module", 4), ("layer", 2), ("model", 3), ("model", 1)], ids=str)
+def test_used_modules_against_every_path(granularity):
+    routes = d2r.sample_k(random_table(200, 6, *granularity), 2)
 
     def on_paths(route, i):
         return set().union(*({j} | (on_paths(route, j) if j else set()) for j in route[i - 1]))
