@@ -226,9 +226,9 @@ def allowed_sources(M: int, routing: str, P: int) -> Tensor:
     """Routing granularity: (M, M) bool, the sources among which each module may choose; the last row is the head's.
 
     module: all earlier ones. layer: of M/P layers of P modules, those of the layer before. model: of P chains of M/P
-    modules, the one before in its chain; the head chooses among the chains' ends. In all three module 0 alone reads h; it
-    is the source of the other P - 1 at the beginning. By layer or by model with P = 1 nothing is left to choose, and the
-    task has no influence. Raises ValueError."""
+    modules, the one before in its chain; the head chooses among the chains' ends. In all three module 0 alone reads h,
+    and is the source of the other P - 1 that come first. By layer or by model with P = 1 nothing is left to choose, and
+    the task has no influence. Raises ValueError."""
     # NOTE: the paper compares these three; the authors' code has the first alone, and the others are our reading.
     if routing != "module" and not (1 <= P <= M and M % P == 0):
         raise ValueError(f"num_modules, {M}, must be a multiple of parallel_modules, {P}")

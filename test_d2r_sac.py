@@ -1104,7 +1104,7 @@ def test_torchrun(tmp_path):
 # ---------------------------------------------------------------------------------------------------------- figures
 @pytest.fixture
 def figures(tmp_path, monkeypatch):
-    """results/routing.py and film.py; a policy of two tasks whose routes change from state to state; what it chooses."""
+    """results/film.py and routing.py; a policy of two tasks whose routes change with the state; what it chooses."""
     monkeypatch.syspath_prepend(str(SCRIPT.parent / "results"))
     film, routing = importlib.import_module("film"), importlib.import_module("routing")
     options, chosen = TWO_TASKS.replace("5,10", "reach-v3,drawer-close-v3"), []

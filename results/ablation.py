@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Compare variants of D2R on five tasks: python results/ablation.py [--seeds 1 2 3] [--jobs 2].
 
-Trains each variant with each seed, so many runs at a time, each with one thread, in results/ablation/VARIANT-seedSEED; a
-run that has a checkpoint goes on. Then it writes table.md and curves.png there, from the runs that are finished; with
+Trains each variant with each seed, so many runs at a time, each with one thread, in results/ablation/VARIANT-seedSEED.
+A run that has a checkpoint goes on. Then it writes table.md and curves.png there, from the runs that are finished; with
 --jobs 0 it does nothing else. Your own variant, and other arguments for all:
 
     python results/ablation.py --only d2r k3 --variant "k3=--top-k 3" --arguments "--total-steps 50000"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Film a policy: MUJOCO_GL=egl python results/film.py results/RUN [--task drawer-close-v3 ...] [--seconds 8].
 
-Writes a GIF of an episode of RUN/actor.pt, up to a little after its success: the robot, the graph of that very step with
-the modules and edges that it uses, and the modules used over time. Without --task all tasks of the run stand side by
+Writes a GIF of an episode of RUN/actor.pt, up to a little after its success: the robot, the graph of that very step
+with the modules and edges that it uses, and the modules used over time. Without --task all tasks of the run stand side by
 side, in RUN/film.gif; with it those named, in RUN/film-TASK.gif. A film of more than 3 MB loses every second frame. For
 Meta-World alone; MuJoCo renders with OpenGL: on a GPU with MUJOCO_GL=egl, without one with MUJOCO_GL=osmesa (Debian:
 apt-get install libosmesa6), which takes half a minute for a task.
@@ -48,7 +48,8 @@ class Remember(gym.Wrapper):
 
 
 def play(args, tasks, actor, index):
-    """An episode of a task: MuJoCo's model, its states, Steps. Without the last step: the environment resets itself there."""
+    """An episode of a task, without its last step, in which the environment resets itself: MuJoCo's model and states,
+    and Steps."""
     env = Remember(d2r.make_env(tasks[index], args, args.seed))
     make = [lambda: gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))]
     envs = gym.vector.SyncVectorEnv(make, autoreset_mode="SameStep")

@@ -12,8 +12,8 @@ Runs RUN/actor.pt as an evaluation does, and writes into RUN/
     success             share of episodes with a success at any step
     steps_to_success    of those episodes, on average
     modules_used, _std  mean and standard deviation over all steps
-    edge_overlap        share of the task's edges that the nearest task has, too: sum min(p, q) / sum p, where p and q are
-                        the shares of steps at which the two use an edge
+    edge_overlap        share of the task's edges that the nearest task has, too: sum min(p, q) / sum p, where p and q
+                        are the shares of steps at which the two use an edge
 """
 
 import argparse
@@ -133,10 +133,8 @@ class Graph:
         place = np.array([*place, (16.5, -height / 2)])  # and the head
         self.targets, self.sources = d2r.allowed_sources(M, args.routing, P).numpy().nonzero()
         start, end = place[self.sources], place[self.targets + 1]
-        bend = 0.5 * (start + end) + 0.2 * (end - start)[:, ::-1] * (
-            -1,
-            1,
-        )  # or edges in one line would hide each other
+        normal = (end - start)[:, ::-1] * (-1, 1)
+        bend = 0.5 * (start + end) + 0.2 * normal  # else edges in one line would hide each other
         t = np.linspace(0, 1, 20)[:, None, None]
         curves = (1 - t) ** 2 * start + 2 * t * (1 - t) * bend + t**2 * end
         self.width, edge = inches / 3.4 * min(1, 16 / M), "#D55E00"
@@ -174,7 +172,8 @@ def plot_paths(steps, rows, args, path):
         Graph(axis, args, min(size, 3.5)).show(usage[t], thickness[t])
         title = f"{row['task']}\nsuccess {row['success']:.2f}, {row['modules_used']:.1f} modules"
         axis.set_title(title, fontsize=8.5 if columns > 3 else 10, linespacing=1.3)
-    text = "Modules 0, 1, ... column by column. Blue: share of steps that use it; edge: mean weight × share of steps that choose it."
+    text = "Modules 0, 1, ... column by column. Blue: share of steps that use it; "
+    text += "edge: mean weight × share of steps that choose it."
     figure.text(0.5, 0.05 / height, text, ha="center", va="bottom", fontsize=8.5)
     figure.subplots_adjust(0.005, 0.3 / height, 0.995, 1 - 0.45 / height, 0.02, 0.5 / (0.45 * size))
     figure.savefig(path, dpi=120)
