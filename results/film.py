@@ -10,6 +10,7 @@ apt-get install libosmesa6), which takes half a minute for a task.
 
 import argparse
 import copy
+import importlib
 import subprocess
 import sys
 from itertools import islice
@@ -23,6 +24,7 @@ if __name__ == "__main__" and not {"-h", "--help"} & {*sys.argv}:  # before MuJo
         reason = next((line for line in probe.stderr.splitlines() if "Error: " in line), "")
         print(f"error: MuJoCo finds no OpenGL here; {advice} ({reason})", file=sys.stderr)
         sys.exit(2)
+    importlib.import_module("torch._dynamo")  # Triton's LLVM after OSMesa's is a segmentation fault
 
 import gymnasium as gym
 import imageio.v3 as imageio
