@@ -350,7 +350,7 @@ def routed(M, K, H, B, make_module=d2r.BaseModule, routing="module"):
         (5, 2, 4, 3, "module"),
         (9, 3, 6, 4, "module"),
         (6, 6, 5, 3, "module"),
-        (12, 2, 4, 3, "layer"),
+        (8, 2, 4, 3, "layer"),
     ],
 )
 def test_resrouting_against_plain_autograd(M, K, H, B, routing, make_module, form):
