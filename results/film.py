@@ -2,8 +2,8 @@
 """Film a policy: MUJOCO_GL=egl python results/film.py results/RUN [--task drawer-close-v3 ...] [--seconds 8].
 
 Writes a GIF of an episode of RUN/actor.pt, up to a little after its success: the robot, the graph of that very step
-with the modules and edges that it uses, and the modules used over time. Without --task all tasks of the run stand side by
-side, in RUN/film.gif; with it those named, in RUN/film-TASK.gif. A film of more than 3 MB loses every second frame. For
+with the modules and edges that it uses, and the modules used over time. Several tasks, without --task all of the run,
+stand side by side, in RUN/film.gif; one is in RUN/film-TASK.gif. A film of more than 3 MB loses every second frame. For
 Meta-World alone; MuJoCo renders with OpenGL: on a GPU with MUJOCO_GL=egl, without one with MUJOCO_GL=osmesa (Debian:
 apt-get install libosmesa6), which takes half a minute for a task.
 """
@@ -32,7 +32,7 @@ import matplotlib.pyplot as plt
 import mujoco
 import numpy as np
 from PIL import Image
-from routing import Graph, Steps, d2r, load, rollout
+from routing import Graph, Steps, d2r, grid, load, rollout
 
 FRAMES_PER_SECOND, STEPS_AFTER_SUCCESS, WIDTH, BYTES = 10, 15, 840, 3e6
 
@@ -97,8 +97,8 @@ def panel(axes, args, title, pictures, steps: Steps, shown, inches):
 
 def draw(args, titles, episodes, shown):
     """Frames (height, WIDTH, 3) of the steps that are shown, of episodes as `play` gives them, side by side."""
-    columns = min(len(titles), 5)
-    lines, size = -(-len(titles) // columns), WIDTH // max(columns, 2)
+    lines, columns = grid(len(titles))
+    size = WIDTH // max(columns, 2)
     form, ratios, height = [["robot"], ["graph"], ["depth"]], (5, 2.5, 1.6), (1.6 * size + 60) * lines
     if len(titles) == 1:
         form, ratios, height = [["robot", "graph"], ["depth", "depth"]], (4, 1), 0.62 * WIDTH
@@ -149,7 +149,7 @@ def main(argv=None) -> int:
 
     while len(data := gif()) > BYTES and len(frames) > 1:
         frames = frames[::2]
-    path = options.run / (f"film-{'-'.join(chosen)}.gif" if options.task else "film.gif")
+    path = options.run / (f"film-{chosen[0]}.gif" if len(options.task) == 1 else "film.gif")
     path.write_bytes(data)
     print(path, f"{len(frames)} frames, {len(data) / 1e6:.1f} MB")
     return 0

@@ -41,7 +41,9 @@ def plot(run_dir: Path) -> Path:
             axis.plot(steps, values, markersize=4, linewidth=1.2, label=task, **style(index))
         axis.plot(steps, [float(row[name]) for row in rows], color="black", linewidth=2, label="mean")
         axis.set(xlabel="environment steps, summed over tasks", title=title)
-        axis.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:,.0f}k")
+        axis.xaxis.set_major_formatter(
+            lambda step, _: f"{step / 1e6:g}M" if steps[-1] > 2e6 else f"{step / 1000:,.0f}k"
+        )
         axis.set_ylim(0, 1.03 if name == "success" else None)
         axis.grid(alpha=0.3)
     legend(figure)

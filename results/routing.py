@@ -119,6 +119,12 @@ def table(steps: Steps, tasks: list[str]) -> list[dict]:
     return rows
 
 
+def grid(T: int) -> tuple[int, int]:
+    """Lines and columns for the pictures of T tasks, at most five side by side."""
+    lines = math.ceil(T / 5)
+    return lines, math.ceil(T / lines)
+
+
 class Graph:
     """The modules and their edges on an axis. All edges lead to the right, since each module stands to the right of the
     one before. It also stands below it, until a new slanted column begins: with routing by layer or model a column is a
@@ -160,8 +166,8 @@ class Graph:
 
 
 def plot_paths(steps, rows, args, path):
-    columns = min(len(rows), 5)
-    lines, width = math.ceil(len(rows) / columns), 10 if columns > 2 else 7
+    lines, columns = grid(len(rows))
+    width = 10 if columns > 2 else 7
     size = width / columns
     height = (0.45 * size + 0.5) * lines + 0.3
     figure, axes = plt.subplots(lines, columns, figsize=(width, height), squeeze=False)
