@@ -11,19 +11,19 @@ Difficult: Multi-Task Deep Reinforcement Learning with Dynamic Depth Routing", A
     Sample-K                 K draws without replacement from softmax(z_i / temperature) sample_k
     routing weights          w_i = softmax(z_i) over the chosen sources only             routing_weights
     depth                    modules that the chosen edges connect to the head           used_modules
-    routing granularity      which sources module i may choose among: any earlier one?   allowed_sources
+    routing granularity      the sources among which module i may choose                 allowed_sources
     base modules             f_i = relu(W_i x_i + b_i),  o_i = f_i + x_i                 BaseModule, BaseModules
     wiring                   x_i = sum_j w_ij o_j;  o_0 = f_0 = relu(W_0 relu(h) + b_0)  BaseModules, MixSources
     ResRouting               edge (i, j) sends its gradient to all of o_j, or x_j alone  MixSources, gradient_kept
     SAC losses               per task; alpha_task, task weights, extreme-loss mask       task_losses, Agent.update
     automatic route balance  temperature_task = T softmax(-log alpha)_task               Agent.temperature
 
-Symbols: T tasks, M modules, H module width, K routing sources, B samples in a batch, n = B / T samples of each task; P
-modules of a layer, or chains, where --routing is not by module.
+Symbols: T tasks, M modules, H module width, K routing sources, P parallel modules (of routing by layer or model), B
+samples in a batch, n = B / T samples of each task.
 Modules are 0 ... M-1, and the head is module M. Module i takes its sources from modules 0 ... i-1: "row i" of the
 routing table has i entries and feeds module i, i = 1 ... M. A table (B, M, M) holds rows 1 ... M in this order, and so
-do routes (B, M, K), the sources chosen in each. Logits are -inf where module i may not take module j as a source; where
-it takes it, that is edge (i, j).
+do routes (B, M, K), the sources chosen in each. Edge (i, j): module i takes module j as a source. Where it may not, the
+logit is -inf.
 `# NOTE:` marks where paper, authors' code and this file differ, or where the code settles what the paper leaves open.
 """
 
@@ -205,10 +205,8 @@ def routing_weights(logits: Tensor, routes: Tensor) -> Tensor:
 
 
 def gradient_kept(logits: Tensor) -> Tensor:
-    """ResRouting: true where edge (i, j) is likely without Sample-K's temperature, p_ij > 1/(i+1). (B, M, M).
-
-    More generally, p_ij > 1/(sources that module i may choose among + 1)."""
-    num_sources = (logits > -torch.inf).sum(-1, keepdim=True, dtype=logits.dtype)
+    """ResRouting: true where edge (i, j) is likely without Sample-K's temperature, p_ij > 1/(i+1). (B, M, M)."""
+    num_sources = (logits > -torch.inf).sum(-1, keepdim=True, dtype=logits.dtype)  # among which i may choose; D2R: i
     return logits.softmax(-1) > 1 / (num_sources + 1)  # a sole source, p = 1, is kept
 
 
@@ -324,7 +322,7 @@ class BaseModules(nn.Module):
             source_slots = (computed.cumsum(0) - 1)[source_slots]  # where used
             used = computed[B:].nonzero().squeeze(1)
         w = routing_weights(logits.transpose(0, 1), sources)
-        blocking = self.resrouting and torch.is_grad_enabled()
+        blocking = self.resrouting and torch.is_grad_enabled()  # it matters backwards alone
         kept = gradient_kept(logits).transpose(0, 1).gather(-1, sources) if blocking else 1
         w_kept = torch.stack([w * kept, w], dim=-1).detach()
         *mixes, last_mix = zip(*(t.flatten(0, 1)[used].split(counts[1:]) for t in (w, w_kept, source_slots)))
@@ -732,7 +730,9 @@ def train(args: Args, tasks: list[str], saved: dict | None, stop) -> None:
             if learning and not cuda:
                 losses = update(*replay.sample(n))
             next_obs, reward, terminated, truncated, infos = envs.step_wait()
-            episodes.add(reward, ended := terminated | truncated, infos)
+            ended = terminated | truncated
+            if log:
+                episodes.add(reward, ended, infos)
             last_obs = next_obs.copy()
             for index in np.flatnonzero(ended):  # next_obs is the next episode's
                 last_obs[index] = infos["final_obs"][index]

@@ -170,10 +170,9 @@ def test_golden_temperatures_and_ablations():
     agent.args.sample_k = False
     assert agent.temperature() is None and torch.equal(agent.act(obs[:4])[1], agent.act(obs[:4])[1])
     assert not small_agent(resrouting=False)[0].actor.base_modules.resrouting
-    for network in (chains := small_agent(routing="model", parallel_modules=2)[0]).actor, *chains.critics:
-        assert network(torch.randn(3, network.routing_network.obs_encoder[0].in_features), chains.task)[1][
-            0, 1:3
-        ].tolist() == [[0, 0], [1, 1]]
+    agent = small_agent(routing="model", parallel_modules=2)[0]
+    for network, width in zip((agent.actor, *agent.critics), (5, 9, 9), strict=True):
+        assert network(torch.randn(3, width), agent.task)[1][0, 1:3].tolist() == [[0, 0], [1, 1]]
 
 
 def test_parameter_counts_and_initialisation():
@@ -770,12 +769,8 @@ def test_resume(tmp_path, pendulums, capsys):
     moved = [(newer["agent"][name] - value).abs().max() for name, value in old["agent"].items() if "actor" in name]
     assert max(moved) > 0.2  # at the new learning rate
     capsys.readouterr()
-    for option, message in (
-        ("--top-k 1", "top_k 2"),
-        ("--routing layer", "routing module"),
-        ("--env-id 10,5", "env_id 5,10"),
-        ("--num-modules 3", "es 4"),
-    ):
+    changes = {"--top-k 1": "top_k 2", "--env-id 10,5": "env_id 5,10", "--num-modules 3": "es 4"}
+    for option, message in (changes | {"--routing layer": "routing module"}).items():
         for how in (resume, ["--evaluate", str(run_dir / "actor.pt")]):
             assert d2r.main([*how, *option.split()]) == 2
             assert f"{message}; do not change it" in capsys.readouterr().err
@@ -790,7 +785,7 @@ def test_resume(tmp_path, pendulums, capsys):
     torch.save(older, run_dir / "checkpoint.pt")
     assert d2r.main([*resume, "--total-steps", "360"]) == 0
     records = progress(run_dir)
-    assert [r["train_return/5"] != "" for r in records] == [True] * len(records) and "train_return" not in records[0]
+    assert all(record["train_return/5"] for record in records) and "train_return" not in records[0]
     assert steps(run_dir)[-2:] == [300, 360] and all(None not in record for record in records)
     torch.save({"args": {}, "agent": {}, "replays": []}, run_dir / "checkpoint.pt")
     assert d2r.main(resume) == 2 and "of another version: it holds no buffers\n" in capsys.readouterr().err
@@ -1182,9 +1177,8 @@ def test_table_of_routing(figures):
 def test_figures_where_there_is_nothing_to_choose(figures, tmp_path, capsys):
     """All routing probabilities are equal, and t-SNE has nothing to show."""
     _, routing, _, _ = figures
-    args, tasks, _ = d2r.parse_arguments(
-        f"{TWO_TASKS} --batch-size 20 --routing model --parallel-modules 1".replace("5,10", "MT10").split()
-    )
+    options = f"{TWO_TASKS.replace('5,10', 'MT10')} --batch-size 20 --routing model --parallel-modules 1"
+    args, tasks, _ = d2r.parse_arguments(options.split())
     probability = np.tile(np.eye(4, dtype=np.float32), (30, 10, 1, 1))
     used, ended = np.ones((30, 10, 4), bool), np.arange(30)[:, None] % 10 == np.full(10, 9)
     steps = routing.Steps(probability, used, probability > 0, probability, ~ended & False, ended)
@@ -1247,9 +1241,8 @@ def test_film_with_and_without_opengl(figures, renderer):
     done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=120)
     if done.returncode == 0:
         assert renderer == "osmesa"
-        red, green, blue = (
-            imageio.imread(run_dir / "film-reach-v3.gif")[0, 30:370, 70:410].astype(int).transpose(2, 0, 1)
-        )
+        picture = imageio.imread(run_dir / "film-reach-v3.gif")[0, 30:370, 70:410].astype(int)
+        red, green, blue = picture.transpose(2, 0, 1)
         rows, _ = ((red > 100) & (green < 50) & (blue < 50)).nonzero()  # the arm stands behind the table: above it
         assert 500 < len(rows) and rows.mean() < 200
     else:

@@ -104,9 +104,9 @@ def plot(runs: dict[str, list], path: Path) -> None:
     figure, axes = plt.subplots(lines, columns, layout="constrained", **size)
     first = None
     for axis, (name, seeds) in zip(axes.flat, runs.items()):
-        columns = [*zip(*seeds)]  # of each evaluation the rows of all seeds
-        steps = [rows[0]["global_step"] / 1000 for rows in columns]
-        success = [[row["success"] for row in rows] for rows in columns]
+        evaluated = [*zip(*seeds)]  # each evaluation, by all seeds
+        steps = [rows[0]["global_step"] / 1000 for rows in evaluated]
+        success = [[row["success"] for row in rows] for rows in evaluated]
         first = first or (steps, [*map(statistics.mean, success)])
         axis.plot(*first, color="0.7", linewidth=1)
         axis.fill_between(steps, [*map(min, success)], [*map(max, success)], color=COLORS[0], alpha=0.2, linewidth=0)
