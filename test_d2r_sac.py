@@ -1270,7 +1270,8 @@ def test_ablation(tmp_path, monkeypatch, capsys):
     write("d2r-seed1", [0, 0.1, 0.2, 0.5, 0.6, 0.6], 60)  # the last five: mean 0.4, and 4 modules used
     write("d2r-seed2", [0, 0, 0, 0.1, 0.2, 0.2], 60)  # 0.1
     write("k9-seed1", [0, 0.9], 60)  # unfinished
-    (tmp_path / "k9-seed1/checkpoint.pt").touch()
+    for run in ("d2r-seed1", "k9-seed1"):  # the former needs nothing more
+        (tmp_path / run / "checkpoint.pt").touch()
     options = ["--seeds", "1", "2", "--only", "d2r", "k9", "--variant", "k9=--top-k 9", "--arguments=--gamma 0.9"]
     assert ablation.main(options) == 1  # the second seed of k9 fails
     resumed, started = sorted(commands, key=len)

@@ -46,11 +46,11 @@ VARIANTS = {
 def train(name: str, arguments: str) -> bool:
     """A run, or what is left of it. Returns whether it ended well."""
     run = RUNS / name
+    if evaluations(name):  # it is finished
+        return True
     options = [*arguments.split(), "--results-dir", str(RUNS), "--run-name", name]
     if (run / "checkpoint.pt").exists():
         options = ["--resume", str(run)]
-    elif (run / "progress.csv").exists():  # without its checkpoint: it was finished, and this is kept of it
-        return True
     print(name, flush=True)
     with open(RUNS / f"{name}.log", "a") as log:
         command, environment = [sys.executable, SCRIPT, *options], os.environ | {"OMP_NUM_THREADS": "1"}
