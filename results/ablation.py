@@ -24,7 +24,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from plot import COLORS
 
-SCRIPT, RUNS = Path(__file__).parent.parent / "d2r_sac.py", Path(__file__).parent / "ablation"
+SCRIPT = Path(__file__).parent.parent / "d2r_sac.py"
+RUNS = Path(os.path.relpath(Path(__file__).parent / "ablation"))  # args.json shall not tell where the checkout is
 ARGUMENTS = (
     "--env-id reach-v3,drawer-close-v3,door-close-v3,window-close-v3,button-press-topdown-v3 --num-modules 8 "
     "--module-width 64 --encoder-widths 128 128 --router-widths 64 --batch-size 160 --learning-rate 1e-3 "
