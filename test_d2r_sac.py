@@ -1250,10 +1250,9 @@ def test_film_with_and_without_opengl(figures, renderer):
 
 
 def test_ablation(tmp_path, monkeypatch, capsys):
-    """Starts, resumes or leaves alone; a table of the seeds that are finished, checked by hand."""
+    """Starts, resumes or leaves alone; a table of what is finished, with --only too, checked by hand; bad options."""
     monkeypatch.syspath_prepend(str(SCRIPT.parent / "results"))
     ablation, commands = importlib.import_module("ablation"), []
-    monkeypatch.setattr(ablation, "RUNS", tmp_path)
 
     def start(command, env, **options):
         assert env["OMP_NUM_THREADS"] == "1"
@@ -1270,18 +1269,24 @@ def test_ablation(tmp_path, monkeypatch, capsys):
     write("d2r-seed1", [0, 0.1, 0.2, 0.5, 0.6, 0.6], 60)  # the last five: mean 0.4, and 4 modules used
     write("d2r-seed2", [0, 0, 0, 0.1, 0.2, 0.2], 60)  # 0.1
     write("k9-seed1", [0, 0.9], 60)  # unfinished
+    write("layer-seed2", [0.5], 10)
     for run in ("d2r-seed1", "k9-seed1"):  # the former needs nothing more
         (tmp_path / run / "checkpoint.pt").touch()
     options = ["--seeds", "1", "2", "--only", "d2r", "k9", "--variant", "k9=--top-k 9", "--arguments=--gamma 0.9"]
-    assert ablation.main(options) == 1  # the second seed of k9 fails
+    assert ablation.main([*options, "--runs", str(tmp_path)]) == 1  # the second seed of k9 fails
     resumed, started = sorted(commands, key=len)
     assert len(commands) == 2 and resumed == f"--resume {tmp_path}/k9-seed1"
     last = f"--gamma 0.9 --top-k 9 --seed 2 --results-dir {tmp_path} --run-name k9-seed2"
     assert started == " ".join([*ablation.ARGUMENTS.split(), last])
     out, err = capsys.readouterr()
-    assert "| d2r | 2 | 0.25 ± 0.21 | 40 (1 of 2) | 4.0 ± 0.0 |\n" in out and "| k9" not in out
+    rows = "| d2r | 2 | 0.25 ± 0.21 | 40 (1 of 2) | 4.0 ± 0.0 |\n| layer | 1 | 0.50 | 10 | 1.0 |\n"
+    assert rows in out and "| k9" not in out
     assert (tmp_path / "table.md").read_text() in out and (tmp_path / "curves.png").read_bytes()[1:4] == b"PNG"
     assert err.startswith("k9-seed2 failed: see ")
+    for wrong in (options, ["--only", "k9"], ["--variant", "k9"]):  # the first: other arguments beside the kept runs
+        with pytest.raises(SystemExit, match="2"):
+            ablation.main(wrong)
+    assert len(commands) == 2 and capsys.readouterr().err.count("write ") == 2
     args, tasks, _ = d2r.parse_arguments(ablation.ARGUMENTS.split())
     assert (len(tasks), args.batch_size, args.total_steps) == (5, 160, 200_000)
     for arguments in ablation.VARIANTS.values():

@@ -2,10 +2,12 @@
 """Compare variants of D2R on five tasks: python results/ablation.py [--seeds 1 2 3] [--jobs 2].
 
 Trains each variant with each seed, so many runs at a time, each with one thread, in results/ablation/VARIANT-seedSEED.
-A run that has a checkpoint goes on. Then it writes table.md and curves.png there, from the runs that are finished; with
---jobs 0 it does nothing else. Your own variant, and other arguments for all:
+A run that has a checkpoint goes on. Then it writes table.md and curves.png there, of all variants that have finished
+runs with these seeds; with --jobs 0 it does nothing else. Your own variant beside them; and with other arguments for all,
+in a directory of their own:
 
-    python results/ablation.py --only d2r k3 --variant "k3=--top-k 3" --arguments "--total-steps 50000"
+    python results/ablation.py --only k3 --variant "k3=--top-k 3"
+    python results/ablation.py --only d2r k3 --variant "k3=--top-k 3" --arguments "--total-steps 50000" --runs short
 
 The tasks are among the easier ones of MT10, the networks small, the runs short: 200,000 environment steps.
 """
@@ -44,26 +46,24 @@ VARIANTS = {
 }
 
 
-def train(name: str, arguments: str) -> bool:
+def train(run: Path, arguments: str) -> bool:
     """A run, or what is left of it. Returns whether it ended well."""
-    run = RUNS / name
-    if evaluations(name):  # it is finished
+    if evaluations(run):  # it is finished
         return True
-    options = [*arguments.split(), "--results-dir", str(RUNS), "--run-name", name]
+    options = [*arguments.split(), "--results-dir", str(run.parent), "--run-name", run.name]
     if (run / "checkpoint.pt").exists():
         options = ["--resume", str(run)]
-    print(name, flush=True)
-    with open(RUNS / f"{name}.log", "a") as log:
+    print(run.name, flush=True)
+    with open(f"{run}.log", "a") as log:
         command, environment = [sys.executable, SCRIPT, *options], os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=environment, stdout=log, stderr=log, check=False)
     if done.returncode:
-        print(f"{name} failed: see {log.name}", file=sys.stderr)
+        print(f"{run.name} failed: see {log.name}", file=sys.stderr)
     return done.returncode == 0
 
 
-def evaluations(name: str) -> list[dict[str, float]]:
+def evaluations(run: Path) -> list[dict[str, float]]:
     """global_step, success and modules_used of each evaluation of a run, once it is finished."""
-    run = RUNS / name
     if not (run / "args.json").exists():
         return []
     with open(run / "progress.csv", newline="") as file:
@@ -126,29 +126,35 @@ def main(argv=None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--variant", action="append", default=[], metavar="NAME=ARGUMENTS")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="of the variants")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="train no others")
     parser.add_argument("--arguments", default="", help="of d2r_sac.py, for all variants")
+    parser.add_argument("--runs", type=Path, default=RUNS, metavar="DIR", help=f"directory of the runs ({RUNS})")
     options = parser.parse_args(argv)
+    if not all("=" in variant for variant in options.variant):
+        parser.error('--variant: write NAME=ARGUMENTS, as "k3=--top-k 3"')
     variants = VARIANTS | dict(variant.split("=", 1) for variant in options.variant)
-    names = options.only or [*variants]
-    RUNS.mkdir(exist_ok=True)
+    if unknown := {*(options.only or [])} - {*variants}:
+        parser.error(f"--only: {', '.join(sorted(unknown))} is none of {', '.join(variants)}")
+    if options.arguments and options.runs == RUNS:
+        parser.error(f"--arguments: the runs in {RUNS} have others; write --runs, a directory of their own")
+    options.runs.mkdir(parents=True, exist_ok=True)
     pool, well = ThreadPoolExecutor(max(options.jobs, 1)), True
     try:
         futures = []
         for seed in options.seeds if options.jobs else []:
-            for name in names:
+            for name in options.only or variants:
                 arguments = f"{ARGUMENTS} {options.arguments} {variants[name]} --seed {seed}"
-                futures.append(pool.submit(train, f"{name}-seed{seed}", arguments))
+                futures.append(pool.submit(train, options.runs / f"{name}-seed{seed}", arguments))
         for future in futures:
             well &= future.result()
     except KeyboardInterrupt:  # the runs got it, too: they end with a checkpoint
         pool.shutdown(cancel_futures=True)
-    runs = {name: [rows for seed in options.seeds if (rows := evaluations(f"{name}-seed{seed}"))] for name in names}
-    runs = {name: seeds for name, seeds in runs.items() if seeds}
+    finished = {name: [evaluations(options.runs / f"{name}-seed{s}") for s in options.seeds] for name in variants}
+    runs = {name: [*filter(None, seeds)] for name, seeds in finished.items() if any(seeds)}
     if runs:
-        (RUNS / "table.md").write_text(table(runs))
+        (options.runs / "table.md").write_text(table(runs))
         print(table(runs), end="")
-        plot(runs, RUNS / "curves.png")
+        plot(runs, options.runs / "curves.png")
     return 0 if well else 1
 
 
