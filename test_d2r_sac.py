@@ -288,6 +288,15 @@ def test_routes_from_outside():
         tiny_network(5, top_k=6)
 
 
+@pytest.mark.parametrize("K", [1, 2])
+def test_a_sole_source_sends_the_router_no_gradient(K):
+    """K = 1: its weight is 1 whatever its logit. With K = 2 router and task encoder learn."""
+    network = tiny_network(5, K)
+    network(torch.randn(50, 3), torch.arange(50) % 2, temperature=torch.ones(2))[0].sum().backward()
+    for part in (network.routing_network.router, network.routing_network.task_encoder):
+        assert all((parameter.grad != 0).any() == (K == 2) for parameter in part.parameters())
+
+
 @pytest.mark.parametrize("granularity", [("module", 4), ("layer", 2), ("model", 3), ("model", 1)], ids=str)
 def test_used_modules_against_every_path(granularity):
     routes = d2r.sample_k(random_table(200, 6, *granularity), 2)
