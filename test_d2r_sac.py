@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -1258,48 +1259,92 @@ def test_film_with_and_without_opengl(figures, renderer):
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and "libosmesa6" in done.stderr
 
 
-def test_ablation(tmp_path, monkeypatch, capsys):
-    """Starts, resumes or leaves alone; a table of what is finished, with --only too, checked by hand; bad options."""
+@pytest.fixture
+def ablation(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPT.parent / "results"))
-    ablation, commands = importlib.import_module("ablation"), []
+    return importlib.import_module("ablation")
+
+
+def test_ablation(tmp_path, ablation, monkeypatch, capsys):
+    """Starts, resumes, begins anew or leaves alone; a table of what is finished, checked by hand; bad options."""
+    commands, shared = [], "--total-steps 60 --gamma 0.9"
 
     def start(command, env, **options):
         assert env["OMP_NUM_THREADS"] == "1"
         commands.append(" ".join(map(str, command[2:])))
-        return types.SimpleNamespace(returncode=int("--top-k 9" in commands[-1]))
+        failed = int("--top-k 3 --seed 2" in commands[-1])
+        return types.SimpleNamespace(wait=lambda: failed, returncode=failed)
 
-    def write(name, success, total):
+    def write(name, arguments, success):
+        args, _, _ = d2r.parse_arguments(f"{ablation.ARGUMENTS} {shared} {arguments}".split())
         (tmp_path / name).mkdir()
-        (tmp_path / name / "args.json").write_text(json.dumps({"args": {"total_steps": total}}))
+        (tmp_path / name / "args.json").write_text(json.dumps({"args": vars(args)}))
         rows = [f"{10 * n},{value},{n}\n{10 * n + 5},,\n" for n, value in enumerate(success, start=1)]
         (tmp_path / name / "progress.csv").write_text("global_step,success,modules_used\n" + "".join(rows))
 
-    monkeypatch.setattr(ablation.subprocess, "run", start)
-    write("d2r-seed1", [0, 0.1, 0.2, 0.5, 0.6, 0.6], 60)  # the last five: mean 0.4, and 4 modules used
-    write("d2r-seed2", [0, 0, 0, 0.1, 0.2, 0.2], 60)  # 0.1
-    write("k9-seed1", [0, 0.9], 60)  # unfinished
-    write("layer-seed2", [0.5], 10)
-    for run in ("d2r-seed1", "k9-seed1"):  # the former needs nothing more
+    monkeypatch.setattr(ablation.subprocess, "Popen", start)
+    write("d2r-seed1", "--seed 1", [0, 0.1, 0.2, 0.5, 0.6, 0.6])  # the last five: mean 0.4, and 4 modules used
+    write("d2r-seed2", "--seed 2", [0, 0, 0, 0.1, 0.2, 0.2])  # 0.1
+    write("k3-seed1", "--top-k 3 --seed 1", [0, 0.9])  # unfinished
+    write("k3-seed3", "--top-k 3 --seed 3", [])  # killed before its first checkpoint
+    write("layer-seed4", "--routing layer --seed 4", [0.5] * 6)
+    for run in ("d2r-seed1", "k3-seed1"):  # the former needs nothing more
         (tmp_path / run / "checkpoint.pt").touch()
-    options = ["--seeds", "1", "2", "--only", "d2r", "k9", "--variant", "k9=--top-k 9", "--arguments=--gamma 0.9"]
-    assert ablation.main([*options, "--runs", str(tmp_path)]) == 1  # the second seed of k9 fails
-    resumed, started = sorted(commands, key=len)
-    assert len(commands) == 2 and resumed == f"--resume {tmp_path}/k9-seed1"
-    last = f"--gamma 0.9 --top-k 9 --seed 2 --results-dir {tmp_path} --run-name k9-seed2"
-    assert started == " ".join([*ablation.ARGUMENTS.split(), last])
+    options = ["--seeds", "1", "2", "3", "3", "--only", "k3", "d2r", "--variant", "k3=--top-k 3", "--jobs", "1"]
+    elsewhere = [*options, "--arguments", shared, "--runs", str(tmp_path)]
+    assert ablation.main(elsewhere) == 1  # the second seed of k3 fails
+
+    def started(name, arguments):
+        return f"{ablation.ARGUMENTS} {shared} {arguments} --results-dir {tmp_path} --run-name {name}".split()
+
+    assert commands[0] == f"--resume {tmp_path}/k3-seed1" and len(commands) == 4
+    assert commands[1].split() == started("k3-seed2", "--top-k 3 --seed 2")
+    assert commands[2].split() == started("k3-seed3", "--top-k 3 --seed 3")
+    assert commands[3].split() == started("d2r-seed3", "--seed 3")
+    assert not (tmp_path / "k3-seed3" / "args.json").exists()  # which would stop a run of this name
     out, err = capsys.readouterr()
-    rows = "| d2r | 2 | 0.25 ± 0.21 | 40 (1 of 2) | 4.0 ± 0.0 |\n| layer | 1 | 0.50 | 10 | 1.0 |\n"
-    assert rows in out and "| k9" not in out
+    rows = "| d2r | 2 | 0.25 ± 0.21 | 40 (1 of 2) | 4.0 ± 0.0 |\n| layer | 1 | 0.50 | 10 | 4.0 |\n"
+    assert rows in out and "| k3" not in out
     assert (tmp_path / "table.md").read_text() in out and (tmp_path / "curves.png").read_bytes()[1:4] == b"PNG"
-    assert err.startswith("k9-seed2 failed: see ")
-    for wrong in (options, ["--only", "k9"], ["--variant", "k9"]):  # the first: other arguments beside the kept runs
+    assert err.startswith("k3-seed2 failed: see ")
+    wrong = {
+        "d2r-seed1 has total_steps 200000, not 60: ": [*options, "--arguments", shared],  # the kept runs have others
+        "d2r-seed1 has gamma 0.9, not 0.8: ": [*elsewhere, "--arguments", f"{shared} --gamma 0.8", "--only", "model"],
+        "d2r-seed1 has top_k 2, not 3: ": ["--variant", "d2r=--top-k 3"],
+        "--top-k is 9": ["--variant", "k9=--top-k 9", "--seeds", "9"],
+        "k3 is none of": ["--only", "k3"],
+        "write NAME=": ["--variant", "k/3=--top-k 3"],
+    }
+    for message, arguments in wrong.items():
         with pytest.raises(SystemExit, match="2"):
-            ablation.main(wrong)
-    assert len(commands) == 2 and capsys.readouterr().err.count("write ") == 2
-    args, tasks, _ = d2r.parse_arguments(ablation.ARGUMENTS.split())
-    assert (len(tasks), args.batch_size, args.total_steps) == (5, 160, 200_000)
-    for arguments in ablation.VARIANTS.values():
-        d2r.parse_arguments([*ablation.ARGUMENTS.split(), *arguments.split()])
+            ablation.main(arguments)
+        assert message in capsys.readouterr().err
+    assert len(commands) == 4
+
+
+def test_the_kept_ablation_is_what_its_script_runs(ablation, tmp_path):
+    """Its arguments and table are those of the script at this commit."""
+    kept = SCRIPT.parent / "results" / "ablation"
+    shutil.copytree(kept, tmp_path / "kept")
+    (tmp_path / "kept" / "table.md").unlink()
+    assert ablation.main(["--jobs", "0", "--runs", str(tmp_path / "kept")]) == 0
+    assert (tmp_path / "kept" / "table.md").read_text() == (kept / "table.md").read_text()
+    assert (kept / "table.md").read_text() in (SCRIPT.parent / "results" / "README.md").read_text()
+
+
+def test_an_interrupted_ablation_ends_its_runs(tmp_path):
+    """SIGTERM: both runs leave a checkpoint, a third is not started, and nothing goes on."""
+    command = [sys.executable, SCRIPT.parent / "results" / "ablation.py", "--runs", tmp_path, "--seeds", "1", "2", "3"]
+    command += ["--only", "d2r", "--arguments", "--env-id reach-v3 --batch-size 32"]
+    script = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not all((tmp_path / f"d2r-seed{seed}" / "progress.csv").exists() for seed in (1, 2)):
+        assert script.poll() is None
+        time.sleep(0.1)
+    script.terminate()
+    out, _ = script.communicate(timeout=60)
+    assert script.returncode == 1 and "interrupted; the same command goes on\n" in out
+    assert all((tmp_path / f"d2r-seed{seed}" / "checkpoint.pt").exists() for seed in (1, 2))
+    assert not (tmp_path / "d2r-seed3").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------- README

@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: MIT
 """Compare variants of D2R on five tasks: python results/ablation.py [--seeds 1 2 3] [--jobs 2].
 
-Trains each variant with each seed, so many runs at a time, each with one thread, in results/ablation/VARIANT-seedSEED.
-A run that has a checkpoint goes on. Then it writes table.md and curves.png there, of all variants that have finished
-runs with these seeds; with --jobs 0 it does nothing else. Your own variant beside them; and with other arguments for all,
-in a directory of their own:
+Trains each variant with each seed, two runs at a time, each with one thread and 200,000 environment steps, in
+results/ablation/VARIANT-seedSEED. Then it writes table.md and curves.png there, from all finished runs that are there;
+with --jobs 0 it does nothing else. After Ctrl-C or SIGTERM, which end the runs with a checkpoint, the same command goes
+on. To compare a variant of your own with those that are kept, and to run some with other arguments, elsewhere:
 
     python results/ablation.py --only k3 --variant "k3=--top-k 3"
-    python results/ablation.py --only d2r k3 --variant "k3=--top-k 3" --arguments "--total-steps 50000" --runs short
-
-The tasks are among the easier ones of MT10, the networks small, the runs short: 200,000 environment steps.
+    python results/ablation.py --only d2r k3 --variant "k3=--top-k 3" --arguments "--num-modules 16" --runs results/large
 """
 
 import argparse
@@ -17,14 +15,20 @@ import csv
 import json
 import math
 import os
+import re
+import signal
 import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 from plot import COLORS
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import d2r_sac as d2r
 
 SCRIPT = Path(__file__).parent.parent / "d2r_sac.py"
 RUNS = Path(os.path.relpath(Path(__file__).parent / "ablation"))  # args.json shall not tell where the checkout is
@@ -46,25 +50,45 @@ VARIANTS = {
 }
 
 
+PROCESSES = []  # of the runs, to be ended with this one
+
+
 def train(run: Path, arguments: str) -> bool:
     """A run, or what is left of it. Returns whether it ended well."""
     if evaluations(run):  # it is finished
         return True
-    options = [*arguments.split(), "--results-dir", str(run.parent), "--run-name", run.name]
-    if (run / "checkpoint.pt").exists():
-        options = ["--resume", str(run)]
-    print(run.name, flush=True)
+    options = ["--resume", str(run)]
+    if not (run / "checkpoint.pt").exists():
+        (run / "args.json").unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
+        options = [*arguments.split(), "--results-dir", str(run.parent), "--run-name", run.name]
+    print(f"{run.name}\n", end="", flush=True)
     with open(f"{run}.log", "a") as log:
         command, environment = [sys.executable, SCRIPT, *options], os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=environment, stdout=log, stderr=log, check=False)
-    if done.returncode:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    PROCESSES.append(process)
+    if process.wait():
         print(f"{run.name} failed: see {log.name}", file=sys.stderr)
-    return done.returncode == 0
+    return process.returncode == 0
+
+
+def runs_in(directory: Path) -> list[Path]:
+    return sorted(run for run in directory.glob("*-seed*/") if run.name.rpartition("-seed")[2].isdigit())
+
+
+def check(run: Path, arguments: str) -> None:
+    """Raises UsageError where the arguments are wrong, or the run is there and has others."""
+    wanted = json.loads(json.dumps(asdict(d2r.parse_arguments(arguments.split())[0])))
+    if not (run / "args.json").exists():
+        return
+    found = json.loads((run / "args.json").read_text())["args"]
+    for name, value in wanted.items():
+        if name not in ("results_dir", "run_name", "resume") and found.get(name, value) != value:
+            raise d2r.UsageError(f"{run} has {name} {found[name]}, not {value}: choose another name, or --runs")
 
 
 def evaluations(run: Path) -> list[dict[str, float]]:
     """global_step, success and modules_used of each evaluation of a run, once it is finished."""
-    if not (run / "args.json").exists():
+    if not ((run / "progress.csv").exists() and (run / "args.json").exists()):
         return []
     with open(run / "progress.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["success"]]
@@ -123,39 +147,53 @@ def plot(runs: dict[str, list], path: Path) -> None:
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--variant", action="append", default=[], metavar="NAME=ARGUMENTS")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="train no others")
-    parser.add_argument("--arguments", default="", help="of d2r_sac.py, for all variants")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="to train with (1 2 3)")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time (2); 0: table and plot alone")
+    parser.add_argument("--variant", action="append", default=[], metavar="NAME=ARGUMENTS", help="one more")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="of the variants, train no others")
+    parser.add_argument("--arguments", default="", help="of d2r_sac.py, for all variants: --arguments='--gamma 0.9'")
     parser.add_argument("--runs", type=Path, default=RUNS, metavar="DIR", help=f"directory of the runs ({RUNS})")
     options = parser.parse_args(argv)
-    if not all("=" in variant for variant in options.variant):
+    if not all(re.fullmatch(r"[\w.-]+=.*", variant) for variant in options.variant):
         parser.error('--variant: write NAME=ARGUMENTS, as "k3=--top-k 3"')
     variants = VARIANTS | dict(variant.split("=", 1) for variant in options.variant)
     if unknown := {*(options.only or [])} - {*variants}:
         parser.error(f"--only: {', '.join(sorted(unknown))} is none of {', '.join(variants)}")
-    if options.arguments and options.runs == RUNS:
-        parser.error(f"--arguments: the runs in {RUNS} have others; write --runs, a directory of their own")
-    options.runs.mkdir(parents=True, exist_ok=True)
-    pool, well = ThreadPoolExecutor(max(options.jobs, 1)), True
+
+    names = [(name, seed) for seed in dict.fromkeys(options.seeds) for name in options.only or variants]
+    todo = [options.runs / f"{name}-seed{seed}" for name, seed in names] if options.jobs else []
+    arguments = {}
     try:
-        futures = []
-        for seed in options.seeds if options.jobs else []:
-            for name in options.only or variants:
-                arguments = f"{ARGUMENTS} {options.arguments} {variants[name]} --seed {seed}"
-                futures.append(pool.submit(train, options.runs / f"{name}-seed{seed}", arguments))
-        for future in futures:
-            well &= future.result()
-    except KeyboardInterrupt:  # the runs got it, too: they end with a checkpoint
-        pool.shutdown(cancel_futures=True)
-    finished = {name: [evaluations(options.runs / f"{name}-seed{s}") for s in options.seeds] for name in variants}
-    runs = {name: [*filter(None, seeds)] for name, seeds in finished.items() if any(seeds)}
+        for run in dict.fromkeys([*todo, *runs_in(options.runs)]):
+            name, _, seed = run.name.rpartition("-seed")
+            if name in variants:
+                arguments[run] = f"{ARGUMENTS} {options.arguments} {variants[name]} --seed {seed}"
+                check(run, arguments[run])
+    except d2r.UsageError as error:
+        parser.error(str(error))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)  # KeyboardInterrupt
+    pool = ThreadPoolExecutor(max(options.jobs, 1))
+    try:
+        options.runs.mkdir(parents=True, exist_ok=True)
+        futures = [pool.submit(train, run, arguments[run]) for run in todo]
+        ended = [future.result() for future in futures]
+    except KeyboardInterrupt:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in PROCESSES:
+            process.terminate()
+        pool.shutdown()
+        ended = [False]
+        print("interrupted; the same command goes on", file=sys.stderr)
+    runs = {name: [] for name in variants}
+    for run in runs_in(options.runs):
+        runs.setdefault(run.name.rpartition("-seed")[0], []).append(evaluations(run))
+    runs = {name: [*filter(None, seeds)] for name, seeds in runs.items() if any(seeds)}
     if runs:
         (options.runs / "table.md").write_text(table(runs))
         print(table(runs), end="")
         plot(runs, options.runs / "curves.png")
-    return 0 if well else 1
+    return 0 if all(ended) else 1
 
 
 if __name__ == "__main__":
