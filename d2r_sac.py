@@ -38,7 +38,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 import zipfile
 from contextlib import contextmanager, suppress
@@ -601,8 +600,8 @@ class Episodes:
 
 
 @torch.no_grad()
-def evaluate(agent: Agent, envs, tasks: list[str], number: int, stop) -> dict[str, float]:
-    """Run so many episodes of each task with Top-K routes and tanh(mean). Returns {} where `stop` is set meanwhile.
+def evaluate(agent: Agent, envs, tasks: list[str], number: int, stop: list) -> dict[str, float]:
+    """Run so many episodes of each task with Top-K routes and tanh(mean). Returns {} where `stop` is filled meanwhile.
 
     Prints and returns Episodes.means, and modules_used, per step, of each task and averaged."""
     episodes, used, steps = Episodes(len(tasks)), 0, 0
@@ -614,7 +613,7 @@ def evaluate(agent: Agent, envs, tasks: list[str], number: int, stop) -> dict[st
 
     obs, _ = envs.reset()
     while min(map(len, episodes.ended)) < number:
-        if stop.is_set():
+        if stop:
             return {}
         obs = torch.as_tensor(obs, dtype=torch.float32).to(agent.task.device, non_blocking=True)
         action, used_now = best_action(obs)
@@ -646,8 +645,8 @@ class Progress:
     seconds: float = 0.0  # of training, without evaluations, over all resumptions
 
 
-def train(args: Args, tasks: list[str], saved: dict | None, stop) -> None:
-    """Train until --total-steps, or until `stop` is set; or --evaluate. Raises UsageError, RunError, OSError."""
+def train(args: Args, tasks: list[str], saved: dict | None, stop: list) -> None:
+    """Train until --total-steps, or until a signal is in `stop`; or --evaluate. Raises UsageError, RunError, OSError."""
     T, (rank, ranks) = len(tasks), world()
     run = Progress(**saved["progress"]) if args.resume else Progress()
     log = RunLog(args, tasks, run, saved) if rank == 0 and not args.evaluate else None
@@ -704,7 +703,7 @@ def train(args: Args, tasks: list[str], saved: dict | None, stop) -> None:
                     episodes = Episodes(T)
 
             # All ranks stop, and save, in the same step.
-            finished = stop.is_set() or run.global_step >= args.total_steps
+            finished = len(stop) > 0 or run.global_step >= args.total_steps
             save_due = finished or time.monotonic() - saved_at > 60 * args.checkpoint_minutes
             flags = torch.tensor([finished, save_due], dtype=torch.int)
             if ranks > 1:
@@ -939,9 +938,9 @@ def parse_arguments(argv: list[str] | None) -> tuple[Args, list[str], dict | Non
 
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 2 for a mistake in what was asked for, 1 for a run that failed."""
-    stop = threading.Event()
+    stop = []  # the signals that came; no lock, for one may come while another is handled
     for number in (signal.SIGINT, signal.SIGTERM):  # workers inherit it, and so heed neither
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, lambda number, _: stop.append(number))
     try:
         args, tasks, saved = parse_arguments(argv)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

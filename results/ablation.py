@@ -145,6 +145,13 @@ def plot(runs: dict[str, list], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def interrupt(*_):
+    """KeyboardInterrupt, once: what comes later must not keep it from ending the runs."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="to train with (1 2 3)")
@@ -172,7 +179,7 @@ def main(argv=None) -> int:
     except d2r.UsageError as error:
         parser.error(str(error))
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)  # KeyboardInterrupt
+        signal.signal(number, interrupt)
     pool = ThreadPoolExecutor(max(options.jobs, 1))
     try:
         options.runs.mkdir(parents=True, exist_ok=True)
