@@ -601,7 +601,7 @@ class Episodes:
 
 @torch.no_grad()
 def evaluate(agent: Agent, envs, tasks: list[str], number: int, stop: list) -> dict[str, float]:
-    """Run so many episodes of each task with Top-K routes and tanh(mean). Returns {} where `stop` is filled meanwhile.
+    """Run so many episodes of each task with Top-K routes and tanh(mean). Returns {} once a signal is in `stop`.
 
     Prints and returns Episodes.means, and modules_used, per step, of each task and averaged."""
     episodes, used, steps = Episodes(len(tasks)), 0, 0

@@ -926,9 +926,7 @@ def test_kill_and_signals(tmp_path, pendulums):
     for number in (signal.SIGTERM, signal.SIGINT):
         process = learner(log, ["--resume", run_dir, "--checkpoint-minutes", "60"])
         workers += workers_after(process, run_dir, done // 100 + 3)
-        for _ in range(
-            2000
-        ):  # as a terminal or a batch system does: the workers get it too, and it comes more than once
+        for _ in range(2000):  # as of a terminal or a batch system: the workers get it too, and it comes repeatedly
             os.killpg(process.pid, number)
         code, said = ended(process, log)
         assert code == 0 and "ended at step" in said and "Traceback" not in said
