@@ -19,7 +19,8 @@ Difficult: Multi-Task Deep Reinforcement Learning with Dynamic Depth Routing", A
     automatic route balance  temperature_task = T softmax(-log alpha)_task               Agent.temperature
 
 Symbols: T tasks, M modules, H module width, K routing sources, P parallel modules (of routing by layer or model), B
-samples in a batch, n = B / T samples of each task.
+samples in a batch, n = B / T samples of each task, E environments of each task. A step of all E T environments has E
+rows of T: environment i is of task i % T.
 Modules are 0 ... M-1, and the head is module M. Module i takes its sources from modules 0 ... i-1: "row i" of the
 routing table has i entries and feeds module i, i = 1 ... M. A table (B, M, M) holds rows 1 ... M in this order, and so
 do routes (B, M, K), the sources chosen in each. Edge (i, j): module i takes module j as a source. Where it may not, the
@@ -58,7 +59,7 @@ from torch import Tensor, nn
 
 @dataclass
 class Args:
-    """Dynamic Depth Routing (D2R) with multi-task SAC. The defaults are the paper's, but for eval_episodes."""
+    """Dynamic Depth Routing (D2R) with multi-task SAC. The defaults are the paper's."""
 
     env_id: str = "MT10"
     """MT10, MT25, MT50, one Meta-World V3 task (reach-v3) or several (reach-v3,drawer-close-v3)"""
@@ -66,8 +67,10 @@ class Args:
     """random: a new goal each episode, of 50 per task; fixed: one goal per task for the whole run"""
     episode_length: int = 200
     """time limit of an episode, in steps of its task; at most 500"""
+    envs_per_task: int = 1
+    """E, environments of each task, all stepped between two updates, each in a process; scale batch_size with it"""
     total_steps: int | None = None
-    """environment steps of the run (15M for MT10, 50M for MT50, 1.5M per task otherwise)"""
+    """environment steps, over all environments and ranks (15M for MT10, 50M for MT50, 1.5M per task otherwise)"""
     buffer_size: int | None = None
     """transitions of replay, over all tasks and ranks (1M for MT10, 10M for MT50, 100,000 per task otherwise)"""
     batch_size: int | None = None
@@ -75,9 +78,9 @@ class Args:
     learning_starts: int | None = None
     """environment steps with the untrained stochastic policy before the first update (4,000 per task)"""
     eval_every: int | None = None
-    """environment steps between evaluations (a thirtieth of the run)"""
-    eval_episodes: int = 50
-    """episodes of each task in an evaluation (the paper: 32)"""
+    """environment steps between evaluations (a hundredth of the run, but no fewer than an evaluation itself takes)"""
+    eval_episodes: int = 32
+    """episodes of each task in an evaluation"""
     # Networks and routing
     num_modules: int = 16
     """M, base modules of a network"""
@@ -447,8 +450,9 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def act(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        """One observation of each task (T, obs_dim) -> actions (T, A), sampled, and their routes (T, M, K)."""
-        output, routes = self.actor(obs, self.task, temperature=self.temperature())
+        """Observations of E T environments, (E * T, obs_dim) -> actions (E * T, A), sampled, and routes (., M, K)."""
+        task = self.task.repeat(len(obs) // len(self.task))
+        output, routes = self.actor(obs, task, temperature=self.temperature())
         return sample_action(output)[0], routes
 
     def update(self, obs, action, reward, next_obs, terminated, routes) -> dict[str, Tensor]:
@@ -500,7 +504,8 @@ class Agent(nn.Module):
 # ======================================================================================================================
 # ------------------------------------------------------------------------------------------------------- replay buffer
 class ReplayBuffer:
-    """A ring per task, in preallocated tensors (capacity, T, ...). Tasks step together, so the rings turn together."""
+    """A ring per task, in preallocated tensors (capacity, T, ...), capacity a multiple of E. All environments step
+    together, so the rings turn together, by E places."""
 
     def __init__(self, capacity, T, obs_dim, action_dim, M, K, device):
         self.capacity, self.T, self.size, self.position = capacity, T, 0, 0
@@ -511,12 +516,14 @@ class ReplayBuffer:
         self.routes = torch.empty(capacity, T, M, K, dtype=torch.uint8, device=device)  # M <= 256
 
     def add(self, obs, action, reward, next_obs, terminated, routes) -> None:
-        """Store one step of every task, (T, ...) arrays and the behaviour policy's routes (T, M, K)."""
+        """Store a step of E T environments, (E * T, ...) arrays and the behaviour policy's routes (E * T, M, K)."""
         step = np.concatenate([obs, action, reward[:, None], next_obs, terminated[:, None]], axis=1, dtype=np.float32)
-        self.transitions[self.position].copy_(torch.as_tensor(step), non_blocking=True)
-        self.routes[self.position] = routes
-        self.position = (self.position + 1) % self.capacity
-        self.size = min(self.size + 1, self.capacity)
+        E = len(step) // self.T
+        places = slice(self.position, self.position + E)
+        self.transitions[places].copy_(torch.as_tensor(step).unflatten(0, (E, self.T)), non_blocking=True)
+        self.routes[places] = routes.unflatten(0, (E, self.T))
+        self.position = (self.position + E) % self.capacity
+        self.size = min(self.size + E, self.capacity)
 
     def sample(self, n: int) -> tuple[Tensor, ...]:
         """n transitions of each task, uniformly with replacement: as given to add, (T * n, ...), task by task."""
@@ -555,17 +562,20 @@ def make_env(task: str, args: Args, seed: int) -> gym.Env:
 
 @contextmanager
 def make_envs(tasks: list[str], args: Args, seed: int):
-    """AsyncVectorEnv, a process for each task: actions in [-1, 1], SameStep autoreset. Raises RunError if one dies."""
+    """AsyncVectorEnv, a process for each of E T environments: actions in [-1, 1], SameStep autoreset. Raises RunError
+    if one dies."""
 
-    def make(task):
-        return gym.wrappers.RescaleAction(make_env(task, args, seed), np.float32(-1), np.float32(1))
+    def make(task, copy):  # each copy has an order of goals of its own
+        return gym.wrappers.RescaleAction(make_env(task, args, seed + copy), np.float32(-1), np.float32(1))
 
-    envs = gym.vector.AsyncVectorEnv([partial(make, task) for task in tasks], autoreset_mode="SameStep")
+    makers = [partial(make, task, copy) for copy in range(args.envs_per_task) for task in tasks]
+    envs = gym.vector.AsyncVectorEnv(makers, autoreset_mode="SameStep")
     try:
         yield envs
     except (EOFError, ConnectionError) as error:
         time.sleep(1)  # the operating system knows a little later who it was
-        dead = [task for task, process in zip(tasks, envs.processes) if not process.is_alive()]
+        owners = zip(tasks * args.envs_per_task, envs.processes)
+        dead = [task for task, process in owners if not process.is_alive()]
         raise RunError(f"the process of {', '.join(dead)} died") from error
     finally:
         for process in envs.processes:  # they have nothing to clean up
@@ -576,13 +586,13 @@ def make_envs(tasks: list[str], args: Args, seed: int):
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
 class Episodes:
-    """Of each task the episodes that have ended: (success at any step, nan where no environment tells; return)."""
+    """Of each environment the episodes that have ended: (success at any step, nan where none tells; return)."""
 
-    def __init__(self, T: int):
-        self.ended, self.success, self.total = [[] for _ in range(T)], np.full(T, np.nan), np.zeros(T)
+    def __init__(self, N: int):
+        self.ended, self.success, self.total = [[] for _ in range(N)], np.full(N, np.nan), np.zeros(N)
 
     def add(self, reward, ended, infos) -> None:
-        """One step of every task, (T,) arrays, as the environments gave it."""
+        """One step of all environments, (N,) arrays, as they gave it."""
         last_infos = infos.get("final_info", {})
         success = np.where(ended, last_infos.get("success", np.nan), infos.get("success", np.nan))
         self.success, self.total = np.fmax(self.success, success), self.total + reward
@@ -592,27 +602,34 @@ class Episodes:
 
     def means(self, tasks: list[str], prefix: str = "") -> dict[str, float]:
         """success/reach-v3, return/reach-v3 and so on, of the tasks with an episode, and their means over these."""
-        results = {}
+        results, of_task = {}, {}
+        for index, task in enumerate(tasks):
+            of_task[task] = [episode for ended in self.ended[index :: len(tasks)] for episode in ended]
         for name, column in ((f"{prefix}success", 0), (f"{prefix}return", 1)):
-            means = {f"{name}/{t}": float(np.mean(done, axis=0)[column]) for t, done in zip(tasks, self.ended) if done}
+            means = {f"{name}/{t}": float(np.mean(ended, axis=0)[column]) for t, ended in of_task.items() if ended}
             results |= means | ({name: float(np.mean([*means.values()]))} if means else {})
         return results
 
 
 @torch.no_grad()
 def evaluate(agent: Agent, envs, tasks: list[str], number: int, stop: list) -> dict[str, float]:
-    """Run so many episodes of each task with Top-K routes and tanh(mean). Returns {} once a signal is in `stop`.
+    """Run `number` episodes of each task with Top-K routes and tanh(mean). Returns {} once a signal is in `stop`.
 
     Prints and returns Episodes.means, and modules_used, per step, of each task and averaged."""
-    episodes, used, steps = Episodes(len(tasks)), 0, 0
+    obs, _ = envs.reset()
+    T = len(tasks)
+    E = len(obs) // T
+    # Each environment runs a fixed share of the episodes. The first `number` to end would be the short ones.
+    shares = [number // E + (i // T < number % E) for i in range(E * T)]
+    episodes, used, steps = Episodes(E * T), 0, 0
+    task = agent.task.repeat(E)
 
     @CUDAGraph
     def best_action(obs):
-        output, routes = agent.actor(obs, agent.task)
-        return output.chunk(2, dim=-1)[0].tanh(), used_modules(routes).sum(-1)  # (T, A), (T,)
+        output, routes = agent.actor(obs, task)
+        return output.chunk(2, dim=-1)[0].tanh(), used_modules(routes).sum(-1)  # (E T, A), (E T,)
 
-    obs, _ = envs.reset()
-    while min(map(len, episodes.ended)) < number:
+    while any(len(ended) < share for ended, share in zip(episodes.ended, shares)):
         if stop:
             return {}
         obs = torch.as_tensor(obs, dtype=torch.float32).to(agent.task.device, non_blocking=True)
@@ -623,10 +640,10 @@ def evaluate(agent: Agent, envs, tasks: list[str], number: int, stop: list) -> d
             raise RunError("the policy's actions are not finite")
         obs, reward, terminated, truncated, infos = envs.step(action)
         episodes.add(reward, terminated | truncated, infos)
-    episodes.ended = [ended[:number] for ended in episodes.ended]
-    results = episodes.means(tasks)
-    results |= {f"modules_used/{task}": modules for task, modules in zip(tasks, (used / steps).tolist())}
-    results["modules_used"] = (used / steps).mean().item()
+    episodes.ended = [ended[:share] for ended, share in zip(episodes.ended, shares)]
+    results, used = episodes.means(tasks), (used / steps).view(E, T).mean(0)
+    results |= {f"modules_used/{task}": modules for task, modules in zip(tasks, used.tolist())}
+    results["modules_used"] = used.mean().item()
     for task in tasks:
         success, total, modules = (results[f"{name}/{task}"] for name in ("success", "return", "modules_used"))
         print(f"{task}: success {success:.2f}, return {total:.1f}, modules used {modules:.1f}")
@@ -639,7 +656,7 @@ def evaluate(agent: Agent, envs, tasks: list[str], number: int, stop: list) -> d
 class Progress:
     """How far a run is; part of its checkpoint."""
 
-    global_step: int = 0  # environment steps, summed over tasks and ranks
+    global_step: int = 0  # environment steps, summed over tasks, environments and ranks
     updates: int = 0
     evaluated_at: int = 0  # global_step of the last evaluation
     seconds: float = 0.0  # of training, without evaluations, over all resumptions
@@ -668,7 +685,8 @@ def train(args: Args, tasks: list[str], saved: dict | None, stop: list) -> None:
             agent.actor.load_state_dict(saved["actor"])
             evaluate(agent, envs, tasks, args.eval_episodes, stop)
             return
-        capacity, n = args.buffer_size // (T * ranks), args.batch_size // (T * ranks)
+        N, n = len(obs), args.batch_size // (T * ranks)
+        capacity = args.buffer_size // (N * ranks) * args.envs_per_task
         replay = ReplayBuffer(capacity, T, obs_dim, action_dim, args.num_modules, agent.actor.K, device)
         if args.resume:  # the learning rates remain those of the arguments, which may be new
             agent.load_state_dict(saved["agent"])
@@ -679,7 +697,7 @@ def train(args: Args, tasks: list[str], saved: dict | None, stop: list) -> None:
         act, update = accelerate(agent)
         torch.manual_seed(seed + 1)
         began, saved_at, last_row, losses = time.monotonic() - run.seconds, time.monotonic(), run.global_step, {}
-        episodes = Episodes(T)
+        episodes = Episodes(N)
         while True:
             next_evaluation = min((run.evaluated_at // args.eval_every + 1) * args.eval_every, args.total_steps)
             evaluation_due = run.evaluated_at < next_evaluation <= run.global_step
@@ -692,7 +710,7 @@ def train(args: Args, tasks: list[str], saved: dict | None, stop: list) -> None:
                 if (temperature := agent.temperature()) is not None:
                     record |= {f"temperature/{t}": x for t, x in zip(tasks, temperature.tolist())}
                 record |= episodes.means(tasks, "train_")
-                episodes.ended = [[] for _ in tasks]
+                episodes.ended = [[] for _ in obs]
                 if not evaluation_due:
                     log.write(run, record)
                 elif results := evaluate(agent, envs, tasks, args.eval_episodes, stop):
@@ -700,7 +718,7 @@ def train(args: Args, tasks: list[str], saved: dict | None, stop: list) -> None:
                     log.write(run, record | results)
                     began = time.monotonic() - run.seconds  # evaluations do not count
                     obs, _ = envs.reset()  # the evaluation left episodes of its own
-                    episodes = Episodes(T)
+                    episodes = Episodes(N)
 
             # All ranks stop, and save, in the same step.
             finished = len(stop) > 0 or run.global_step >= args.total_steps
@@ -714,8 +732,8 @@ def train(args: Args, tasks: list[str], saved: dict | None, stop: list) -> None:
             if flags[0]:
                 break
 
-            # One step of every task: the workers step their environments while the learner updates. On a GPU the update
-            # is queued behind acting before the host waits for the action.
+            # One step of all environments: the workers take it while the learner updates. On a GPU the update is queued
+            # behind acting before the host waits for the action.
             action, routes = act(torch.as_tensor(obs, dtype=torch.float32).to(device, non_blocking=True))
             action, learning = action.to("cpu", non_blocking=True), run.global_step >= args.learning_starts
             if cuda:
@@ -737,7 +755,7 @@ def train(args: Args, tasks: list[str], saved: dict | None, stop: list) -> None:
                 last_obs[index] = infos["final_obs"][index]
             replay.add(obs, action, reward, last_obs, terminated, routes)
             obs = next_obs
-            run.global_step += T * ranks
+            run.global_step += N * ranks
             run.updates += learning
             run.seconds = time.monotonic() - began
     if log:
@@ -881,7 +899,7 @@ def load(args: Args, argv: list[str] | None) -> tuple[dict, Args]:
         option, path, part = "--evaluate", args.evaluate, "actor"
     fixed = ["env_id", "num_modules", "top_k", "routing", "parallel_modules"]
     fixed += ["module_width", "encoder_widths", "router_widths"]
-    fixed += [] if args.evaluate else ["goals", "episode_length", "seed", "buffer_size"]
+    fixed += [] if args.evaluate else ["goals", "episode_length", "envs_per_task", "seed", "buffer_size"]
     try:
         damaged = zipfile.ZipFile(path).testzip()
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -911,9 +929,10 @@ def parse_arguments(argv: list[str] | None) -> tuple[Args, list[str], dict | Non
     for name, per_task in budgets.items():
         if getattr(args, name) is None:
             setattr(args, name, per_task * T)
-    args.eval_every = args.eval_every or max(args.total_steps // 30, 1)
+    args.eval_every = args.eval_every or max(args.total_steps // 100, args.eval_episodes * args.episode_length * T)
     ranges = {"gamma": (0, 1), "tau": (0, 1), "initial_alpha": (1e-9, 1), "target_entropy": (-1e9, 1e9)}
     ranges |= {"num_modules": (1, 256), "top_k": (0, args.num_modules), "episode_length": (1, 500), "seed": (0, 2**31)}
+    ranges["envs_per_task"] = (1, 1000)
     for name, value in asdict(args).items():
         low, high = ranges.get(name, (1e-18, 1e18))
         numbers = value if isinstance(value, tuple) else (value,)
@@ -927,8 +946,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[Args, list[str], dict | Non
         raise UsageError(f"--num-modules must be a multiple of --parallel-modules, {args.parallel_modules}")
     if args.batch_size % (T * ranks):
         raise UsageError(f"--batch-size is {args.batch_size}; it must be a multiple of tasks times ranks, {T * ranks}")
-    if args.buffer_size < args.batch_size:
-        raise UsageError(f"--buffer-size must be at least a batch, {args.batch_size}")
+    if args.buffer_size < (least := max(args.batch_size, args.envs_per_task * T * ranks)):
+        raise UsageError(f"--buffer-size must be at least a batch and a step of all environments, {least}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device is cuda, and PyTorch finds none here; write --device cpu")
     if args.resume and len(saved["buffers"]) != ranks:

@@ -11,6 +11,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import re
 import resource
 import shutil
@@ -619,19 +620,25 @@ def test_cuda_graph_copies_its_inputs_and_replays(monkeypatch):
     assert log == ["wait", "wait"] * 3 + ["capture", "replay", "replay", "replay"]
 
 
-def test_replay_wraps_around_and_samples_tasks_equally():
-    T, routes = 3, torch.randint(0, 256, (7, 3, 5, 2))
-    replay = d2r.ReplayBuffer(4, T, 2, 1, 5, 2, torch.device("cpu"))
+@pytest.mark.parametrize(("E", "chi_square"), [(1, 16.27), (3, 31.26)])
+def test_replay_wraps_around_and_samples_equally(E, chi_square):
+    """The newest four steps of each environment, tasks and their copies alike: 3 and 11 degrees of freedom, p 0.001."""
+    T, n, routes = 3, 3000, torch.randint(0, 256, (7, E * 3, 5, 2))
+    replay = d2r.ReplayBuffer(4 * E, T, 2, 1, 5, 2, torch.device("cpu"))
     for t in range(7):
-        tags = np.array([10.0 * t + task for task in range(T)])
+        tags = np.array([1000.0 * copy + 10 * t + task for copy in range(E) for task in range(T)])
         obs = np.stack([tags, -tags], -1)
         replay.add(obs, obs[:, :1], tags, obs + 0.5, tags % 2 == 0, routes[t])
-    assert (replay.size, replay.position) == (4, 3)
-    obs, action, tags, next_obs, terminated, sampled = replay.sample(200)
-    assert (tags.view(T, 200) % 10 == torch.arange(T)[:, None]).all()  # task by task, as many of each
-    for task in range(T):
-        assert {*(tags.view(T, 200)[task] // 10).tolist()} == {3, 4, 5, 6}  # the newest four, all of them
-    assert torch.equal(sampled.long(), routes[(tags // 10).long(), (tags % 10).long()])
+    assert (replay.size, replay.position) == (4 * E, 3 * E)
+    torch.manual_seed(0)
+    obs, action, tags, next_obs, terminated, sampled = replay.sample(n)
+    for task, of_task in enumerate(tags.view(T, n)):  # task by task, as many of each
+        values, counts = of_task.unique(return_counts=True)
+        assert values.tolist() == [1000 * copy + 10 * t + task for copy in range(E) for t in (3, 4, 5, 6)]
+        expected = n / (4 * E)
+        assert ((counts - expected) ** 2 / expected).sum() < chi_square
+    environment = tags // 1000 * T + tags % 10
+    assert torch.equal(sampled.long(), routes[(tags % 1000 // 10).long(), environment.long()])
     assert torch.equal(obs, torch.stack([tags, -tags], -1)) and torch.equal(next_obs, obs + 0.5)
     assert torch.equal(action[:, 0], tags) and torch.equal(terminated, tags % 2 == 0)
 
@@ -639,14 +646,14 @@ def test_replay_wraps_around_and_samples_tasks_equally():
 # ------------------------------------------------------------------------------------------------- real environment
 @pytest.mark.filterwarnings("ignore:Constant")  # the experts' actions are clipped
 def test_evaluation_knows_an_expert():
-    """Meta-World's scripted policies, with routes that use modules 0, 1 and 2."""
-    args, tasks, _ = d2r.parse_arguments(["--env-id", "reach-v3,drawer-close-v3"])
-    policies = [ENV_POLICY_MAP[task]() for task in tasks]
+    """Meta-World's scripted policies, with routes that use modules 0, 1 and 2; two environments of each task."""
+    args, tasks, _ = d2r.parse_arguments(["--env-id", "reach-v3,drawer-close-v3", "--envs-per-task", "2"])
+    policies = [ENV_POLICY_MAP[task]() for task in tasks * 2]
 
     def actor(obs, task):
         action = [policy.get_action(o.astype(np.float64)) for policy, o in zip(policies, obs.numpy())]
         action = torch.tensor(np.array(action)).clamp(-1 + 1e-9, 1 - 1e-9)
-        return torch.cat([action.atanh(), action], -1), torch.tensor([[0, 0], [0, 1], [0, 1], [2, 1]]).expand(2, 4, 2)
+        return torch.cat([action.atanh(), action], -1), torch.tensor([[0, 0], [0, 1], [0, 1], [2, 1]]).expand(4, 4, 2)
 
     with d2r.make_envs(tasks, args, args.seed) as envs:
         agent = types.SimpleNamespace(actor=actor, task=torch.arange(2))
@@ -680,10 +687,42 @@ def test_evaluation_by_hand():
         d2r.evaluate(agent, types.SimpleNamespace(reset=envs.reset), ["a", "b"], 2, [])
 
 
-def test_goals():
-    for goals, number in (("fixed", 1), ("random", 12)):
-        env = d2r.make_env("reach-v3", d2r.Args(goals=goals), seed=1)
-        assert number / 2 < len({tuple(env.reset()[0][-3:]) for _ in range(12)}) <= number
+def test_an_evaluation_does_not_prefer_short_episodes():
+    """Four episodes of each task, three environments of each: two of the first and one of each other, however long they
+    are. Of a the second alone is successful, in its ninth step; the four that end first have a success in none."""
+    lengths, t, tasks = np.array([2, 1, 9, 1, 3, 6]), itertools.count(1), []  # of a and b in turns
+
+    def actor(obs, task):
+        tasks.append(task.tolist())
+        routes = [[[0, 0], [0, i], [i, i]] for i in (0, 0, 1, 0, 1, 0)]  # modules used: 1, 1, 2, 1, 2, 1
+        return torch.zeros(6, 2), torch.tensor(routes)
+
+    def step(action):
+        now = next(t)
+        ended = now % lengths == 0
+        success = (now == 9) & (np.arange(6) == 2)
+        return np.zeros((6, 5)), np.ones(6), ended, np.zeros(6, bool), {"final_info": {"success": success}}
+
+    envs = types.SimpleNamespace(reset=lambda: (np.zeros((6, 5)), {}), step=step)
+    agent = types.SimpleNamespace(actor=actor, task=torch.arange(2))
+    results = d2r.evaluate(agent, envs, ["a", "b"], 4, [])
+    assert tasks == 9 * [[0, 1, 0, 1, 0, 1]]
+    assert (results["success/a"], results["success/b"], results["return/a"]) == (0.25, 0, (2 + 2 + 9 + 3) / 4)
+    assert results["return/b"] == (1 + 1 + 1 + 6) / 4
+    assert (results["modules_used/a"], results["modules_used/b"]) == (pytest.approx(5 / 3), 1)
+
+
+@pytest.mark.parametrize("goals", ["fixed", "random"])
+def test_goals(goals):
+    """fixed: one goal per task, in all its environments. random: each draws goals of its own, of the task's 50."""
+    args, tasks, _ = d2r.parse_arguments(["--env-id", "reach-v3", "--envs-per-task", "2", "--goals", goals])
+    with d2r.make_envs(tasks, args, seed=1) as envs:
+        known = [{tuple(pickle.loads(task.data)["rand_vec"][-3:]) for task in its} for its in envs.get_attr("tasks")]
+        drawn = [{tuple(obs[-3:]) for obs in envs.reset()[0]} for _ in range(12)]
+    assert known[0] == known[1] and len(known[0]) == (1 if goals == "fixed" else 50)
+    assert set().union(*drawn) <= known[0]
+    assert {*map(len, drawn)} == {1 if goals == "fixed" else 2}
+    assert len(set().union(*drawn)) > 12 or goals == "fixed"
 
 
 def test_a_policy_made_with_other_arguments_is_evaluated(tmp_path, capfd):
@@ -808,6 +847,66 @@ def test_same_seed_same_losses(tmp_path, pendulums):
     assert runs[0] == runs[1] and runs[0][-1]["critic_loss"] != runs[2][-1]["critic_loss"]
 
 
+@pytest.mark.parametrize("E", [1, 2])
+def test_a_run_is_the_loop_written_out(tmp_path, pendulums, monkeypatch, E):
+    """20 updates, to the bit: environments one after the other, their transitions in a list for each task."""
+    options, losses, update = f"{TWO_TASKS} --envs-per-task {E} --total-steps {40 + 40 * E}", [], d2r.Agent.update
+    monkeypatch.setattr(d2r.Agent, "update", lambda *arguments: losses.append(update(*arguments)) or losses[-1])
+    assert run(tmp_path, options) == 0
+    args, tasks, _ = d2r.parse_arguments(options.split())
+    envs = [d2r.make_env(task, args, 0) for _ in range(E) for task in tasks]
+    envs = [gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)) for env in envs]
+    torch.manual_seed(1)
+    agent, stored, expected = d2r.Agent(3, 1, 2, args), {task: [] for task in tasks}, []
+    obs = [env.reset(seed=1 + i)[0] for i, env in enumerate(envs)]
+    torch.manual_seed(2)
+    for step in range(20 // E + 20):
+        action, routes = agent.act(torch.tensor(np.stack(obs)))
+        if step >= 20 // E:
+            chosen = torch.randint(len(stored["5"]), (2, 8)).tolist()
+            batch = zip(*(stored[task][j] for task, row in zip(tasks, chosen) for j in row))
+            expected.append(update(agent, *(torch.tensor(np.array(column)) for column in batch)))
+        for i, env in enumerate(envs):
+            next_obs, reward, terminated, truncated, _ = env.step(action[i].numpy())
+            transition = obs[i], action[i].numpy(), np.float32(reward), next_obs, terminated, routes[i].numpy()
+            stored[tasks[i % 2]].append(transition)
+            assert truncated == (step % 10 == 9)
+            obs[i] = env.reset()[0] if truncated else next_obs
+    assert len(losses) == len(expected) == 20
+    for loss, by_hand in zip(losses, expected):
+        assert all(torch.equal(loss[name], by_hand[name]) for name in loss)
+
+
+def test_several_environments_per_task(tmp_path, pendulums, capsys):
+    """Two of each: counts of steps, what the replay holds, training's returns; it goes on, with as many."""
+    options, run_dir = f"{TWO_TASKS} --envs-per-task 2 --buffer-size 203 --total-steps 240", tmp_path / "run"
+    assert run(tmp_path, f"{options} --log-every 60 --eval-every 200") == 0
+    assert steps(run_dir) == [60, 120, 180, 200, 240]
+    assert [int(record["updates"]) for record in progress(run_dir)] == [(step - 40) // 4 for step in steps(run_dir)]
+    first = checkpoint(run_dir)
+    assert first["position"] == 20 and len(first["buffers"][0][0]) == 100  # 203 is no multiple of 4: 200 of 240 steps
+    obs, action, reward, next_obs, _ = first["buffers"][0][0].split((3, 1, 1, 3, 1), dim=-1)
+    gravity, angle = torch.tensor([5.0, 10.0]), torch.atan2(obs[..., 1], obs[..., 0])
+    velocity = (obs[..., 2] + (1.5 * gravity * angle.sin() + 6 * action[..., 0]) * 0.05).clamp(-8, 8)
+    close(next_obs[..., 2], velocity, 1e-4)  # so each is of its task
+    assert torch.equal(next_obs[:18], obs[2:20])  # copies in turns, each in a state of its own
+    assert not (obs[:20:2] == obs[1:20:2]).all(-1).any()
+    returns = reward[:20, :, 0].sum(0) / 2  # since the evaluation an episode of ten steps of each
+    for task, value in zip(("5", "10"), returns.tolist()):
+        assert float(progress(run_dir)[-1][f"train_return/{task}"]) == pytest.approx(value, rel=1e-4)
+    resume = ["--resume", str(run_dir), "--total-steps", "300"]
+    assert d2r.main([*resume, "--envs-per-task", "1"]) == 2
+    assert "was made with envs_per_task 2; do not change it" in capsys.readouterr().err
+    assert d2r.main(resume) == 0 and steps(run_dir)[-1] == 300
+    second = checkpoint(run_dir)
+    changed = (second["buffers"][0][0] != first["buffers"][0][0]).any(-1).any(-1)
+    assert second["position"] == 50 and changed.tolist() == [20 <= place < 50 for place in range(100)]
+    for number in ("1", "3"):  # an evaluation may have others
+        capsys.readouterr()
+        policy = ["--evaluate", str(run_dir / "actor.pt"), "--eval-episodes", "2", "--envs-per-task", number]
+        assert d2r.main(policy) == 0 and capsys.readouterr().out.count("success nan") == 3
+
+
 def test_in_the_order_of_a_gpu_a_run_learns_the_same(tmp_path, pendulums, monkeypatch):
     """There the update comes before the environments' step. The GPU is this CPU: only the order is that of CUDA."""
     options, log, cpu = f"{TWO_TASKS} --total-steps 160 --log-every 20 --eval-every 100", [], torch.device("cpu")
@@ -872,10 +971,11 @@ push-v3   1   1500000   100000   128    4000
 def test_budgets_come_from_the_benchmark(line):
     env_id, (tasks, *budgets) = line.split()[0], map(int, line.split()[1:])
     args, names, _ = d2r.parse_arguments(["--env-id", env_id])
-    assert len(names) == len(set(names)) == tasks and args.eval_every == budgets[0] // 30
+    assert len(names) == len(set(names)) == tasks and args.eval_every == budgets[0] // 100
     assert [args.total_steps, args.buffer_size, args.batch_size, args.learning_starts] == budgets
     args, _, _ = d2r.parse_arguments(["--env-id", env_id, "--total-steps", "600", "--batch-size", str(2 * tasks)])
-    assert (args.total_steps, args.eval_every, args.batch_size) == (600, 20, 2 * tasks)
+    # An evaluation of 32 episodes of 200 steps takes longer than a hundredth of that.
+    assert (args.total_steps, args.eval_every, args.batch_size) == (600, 6400 * tasks, 2 * tasks)
 
 
 # --------------------------------------------------------------------------------------------- signals and failures
@@ -1024,7 +1124,9 @@ MISTAKES = f"""
 --env-id reach-v3,drawer-closed-v3: 'drawer-closed-v3' is unknown, or named twice; the nearest: drawer-close-v3
 --env-id reach-v3,push-v3,reach-v3: 'reach-v3' is unknown, or named twice
 --batch-size 1281: --batch-size is 1281; it must be a multiple of tasks times ranks, 10
---buffer-size 100: --buffer-size must be at least a batch, 1280
+--buffer-size 100: --buffer-size must be at least a batch and a step of all environments, 1280
+--buffer-size 1300 --envs-per-task 200: must be at least a batch and a step of all environments, 2000
+--envs-per-task 0: --envs-per-task is 0; it must lie between 1 and 1000
 --learning-rate nan: --learning-rate is nan; it must be positive and finite
 --top-k 17: --top-k is 17; it must lie between 0 and 16
 --parallel-modules 2: --parallel-modules is for --routing layer and model
@@ -1055,7 +1157,8 @@ def two_ranks(tmp_path, arguments):  # as torchrun would start them
     return [learner(tmp_path / f"log{rank}", arguments, RANK=str(rank), **world) for rank in range(2)]
 
 
-def test_two_ranks_learn_the_same_from_what_each_of_them_sees(tmp_path, pendulums, monkeypatch):
+@pytest.mark.parametrize("E", [1, 2])
+def test_two_ranks_learn_the_same_from_what_each_of_them_sees(tmp_path, pendulums, monkeypatch, E):
     save_run, all_reduce, seen = d2r.save_run, torch.distributed.all_reduce, {}
 
     def spied_all_reduce(tensor, *op):
@@ -1071,6 +1174,7 @@ def test_two_ranks_learn_the_same_from_what_each_of_them_sees(tmp_path, pendulum
     monkeypatch.setattr(torch.distributed, "all_reduce", spied_all_reduce)
     monkeypatch.setattr(d2r, "save_run", spied_save)
     options = f"{TWO_TASKS} --total-steps 240 --log-every 40 --eval-every 120 --max-grad-norm 1e9 --run-name run"
+    options += f" --envs-per-task {E}"
     ranks = two_ranks(tmp_path, [*options.split(), "--results-dir", tmp_path])
     assert [ended(rank, tmp_path / "log0")[0] for rank in ranks] == [0, 0]
     one, two = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
@@ -1078,14 +1182,15 @@ def test_two_ranks_learn_the_same_from_what_each_of_them_sees(tmp_path, pendulum
     assert not torch.equal(one["mine"], two["mine"]) and torch.equal(one["mean"], two["mean"])
     close(one["mean"], (one["mine"] + two["mine"]) / 2, 1e-5)
     assert one["seen"].shape == (60, 2, 9) and not (one["seen"] == two["seen"]).all(-1).any()
-    assert steps(tmp_path / "run") == list(range(40, 241, 40)) and progress(tmp_path / "run")[-1]["updates"] == "50"
+    assert steps(tmp_path / "run") == list(range(40, 241, 40))
+    assert int(progress(tmp_path / "run")[-1]["updates"]) == 200 // (4 * E)
     saved = checkpoint(tmp_path / "run")["buffers"]
     assert all(torch.equal(rings[0], rank["seen"]) for rings, rank in zip(saved, (one, two), strict=True))
-    resume = ["--resume", str(tmp_path / "run"), "--total-steps", "300"]
+    resume = ["--resume", str(tmp_path / "run"), "--total-steps", "320"]
     assert d2r.main(resume) == 2  # not alone
     assert [ended(rank, tmp_path / "log0")[0] for rank in two_ranks(tmp_path, resume)] == [0, 0]
     for rings, old in zip(checkpoint(tmp_path / "run")["buffers"], saved, strict=True):
-        assert len(rings[0]) == 75 and all(torch.equal(ring[:60], then) for ring, then in zip(rings, old))
+        assert len(rings[0]) == 80 and all(torch.equal(ring[:60], then) for ring, then in zip(rings, old))
 
 
 def test_the_death_of_a_rank_ends_the_others(tmp_path, pendulums):
@@ -1111,7 +1216,7 @@ def figures(tmp_path, monkeypatch):
     """results/film.py and routing.py; a policy of two tasks whose routes change with the state; what it chooses."""
     monkeypatch.syspath_prepend(str(SCRIPT.parent / "results"))
     film, routing = importlib.import_module("film"), importlib.import_module("routing")
-    options, chosen = TWO_TASKS.replace("5,10", "reach-v3,drawer-close-v3"), []
+    options, chosen = f"{TWO_TASKS} --envs-per-task 2".replace("5,10", "reach-v3,drawer-close-v3"), []
     args, _, _ = d2r.parse_arguments(options.split())
     torch.manual_seed(0)
     actor = d2r.Agent(39, 4, 2, args).actor
@@ -1163,7 +1268,7 @@ def test_routing_figures(figures, tmp_path, monkeypatch, capsys):
         assert float(row["edge_overlap"]) == pytest.approx(common, abs=6e-4) and 0 < common < 1
         assert row["nearest_task"] == rows[1 - t]["task"]
         assert float(row["modules_used_std"]) == pytest.approx(depths[t].std(), abs=6e-4)
-    assert d2r.main(["--evaluate", str(run_dir / "actor.pt"), "--eval-episodes", "3"]) == 0
+    assert d2r.main(["--evaluate", str(run_dir / "actor.pt"), "--eval-episodes", "3", "--envs-per-task", "1"]) == 0
     evaluated = re.findall(r"(\S+): success ([0-9.]+), .* modules used ([0-9.]+)", capsys.readouterr().out)
     for row, (task, success, used) in zip(rows, evaluated, strict=True):
         assert (row["task"], f"{float(row['success']):.2f}") == (task, success)
