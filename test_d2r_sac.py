@@ -1345,6 +1345,19 @@ def test_film(figures, monkeypatch, capsys):
     assert path.stat().st_size <= film.BYTES and len(imageio.imread(path)) == 3
 
 
+def test_mt10_figure(figures, tmp_path):
+    """Kept runs as their progress.csv has them, what was read off the terminal, and the published curves."""
+    plot, name = importlib.import_module("plot"), "MT10-gpu"
+    shutil.copytree(SCRIPT.parent / "results" / name, tmp_path / name)
+    assert plot.plot_mt10(tmp_path).read_bytes()[1:4] == b"PNG"
+    lines = {line.get_label(): line.get_xydata().tolist() for line in plot.plt.gca().get_lines()}
+    evaluated = [row for row in progress(tmp_path / name) if row["success"]]
+    points = [[float(row["global_step"]), float(row["success"])] for row in evaluated]
+    assert len(points) == 2 and lines[f"D2R, {name}"] == [*points, [750_000, 0.59], [1_000_000, 0.56]]
+    assert [len(lines[curve]) for curve in plot.PUBLISHED] == [7] * 4
+    assert lines["MTMHSAC, 1.4M parameters"][4] == [10_000_000, 0.86]
+
+
 @pytest.mark.parametrize("renderer", ["osmesa", "glfw"])
 def test_film_with_and_without_opengl(figures, renderer):
     """glfw has none, without a screen; with libosmesa the film has an upright robot, else it says what to install."""

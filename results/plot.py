@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Plot success and modules used of each task over a run: python results/plot.py results/RUN (needs matplotlib)."""
+"""Plot the evaluations of runs (needs matplotlib).
+
+python results/plot.py results/RUN ...   success and modules used of each task, in RUN/progress.png
+python results/plot.py                   mean success of results/MT10-*, and published curves, in results/mt10.png
+"""
 
 import csv
 import sys
@@ -9,6 +13,18 @@ import matplotlib.pyplot as plt
 
 COLORS = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"  # told apart by the colour-blind: Okabe, Ito
 MARKERS = "osD^vPX<>"
+
+# Mean success on MT10 with random goals after so many million environment steps, read off the figures of arXiv
+# 2503.05126 (to about 0.01): episodes of 500 steps, batch 1,280, 10 seeds; V2 rewards, as here.
+MILLIONS = 1, 2, 3, 5, 10, 15, 20
+PUBLISHED = {
+    "width 4,096": (0.60, 0.70, 0.74, 0.81, 0.92, 0.92, 0.93),
+    "MTMHSAC, 1.4M parameters": (0.41, 0.64, 0.72, 0.75, 0.86, 0.86, 0.86),
+    "MTSAC, 1.4M parameters": (0.39, 0.66, 0.72, 0.75, 0.83, 0.85, 0.85),
+    "width 256": (0.28, 0.49, 0.58, 0.66, 0.70, 0.75, 0.74),
+}
+# MT10-gpu's machine was gone before it could save these: they are from the terminal.
+NOT_SAVED = {"MT10-gpu": ((750_000, 0.59), (1_000_000, 0.56))}
 
 
 def style(task: int) -> dict:
@@ -26,12 +42,18 @@ def legend(figure) -> None:
     figure.legend(handles, labels, frameon=False, markerscale=1.5, **options)
 
 
-def plot(run_dir: Path) -> Path:
-    """Write RUN/progress.png, from the evaluations in RUN/progress.csv."""
+def evaluations(run_dir: Path) -> list[dict]:
+    """The rows of RUN/progress.csv that have an evaluation."""
     with open(run_dir / "progress.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["success"]]
     if not rows:
         sys.exit(f"{run_dir} holds no evaluation yet")
+    return rows
+
+
+def plot(run_dir: Path) -> Path:
+    """Write RUN/progress.png."""
+    rows = evaluations(run_dir)
     steps = [int(row["global_step"]) for row in rows]
     tasks = [column.removeprefix("success/") for column in rows[0] if column.startswith("success/")]
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
@@ -51,6 +73,33 @@ def plot(run_dir: Path) -> Path:
     return run_dir / "progress.png"
 
 
+def plot_mt10(results: Path) -> Path:
+    """Write mt10.png: the runs of MT10 that are kept, beside published ones."""
+    figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    for index, run_dir in enumerate(sorted(results.glob("MT10-*"))):
+        points = [(int(row["global_step"]), float(row["success"])) for row in evaluations(run_dir)]
+        points += NOT_SAVED.get(run_dir.name, ())
+        axis.plot(*zip(*points), linewidth=2.2, markersize=5, label=f"D2R, {run_dir.name}", **style(index))
+    axis.plot([], [], " ", label="published, 10 seeds, episodes of 500 steps:")
+    for index, (name, success) in enumerate(PUBLISHED.items()):
+        steps = [million * 1_000_000 for million in MILLIONS]
+        options = {"color": "0.55", "linewidth": 1, "marker": MARKERS[5 - index], "markersize": 4}
+        axis.plot(steps, success, label=name, **options)
+    axis.set(xscale="log", xlim=(9e4, 2.2e7), ylim=(0, 1), ylabel="mean success rate, random goals")
+    axis.set_xlabel("environment steps, summed over the ten tasks")
+    ticks = {100_000: "100k", 300_000: "300k", 1_000_000: "1M", 3_000_000: "3M", 10_000_000: "10M", 20_000_000: "20M"}
+    axis.set_xticks([*ticks], ticks.values())
+    axis.set_xticks([], minor=True)
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False, loc="upper left", fontsize="small", title="here, one seed, episodes of 200 steps:")
+    axis.get_legend().set(alignment="left")
+    axis.get_legend().get_title().set_fontsize("small")
+    figure.savefig(results / "mt10.png", dpi=110)
+    return results / "mt10.png"
+
+
 if __name__ == "__main__":
     for argument in sys.argv[1:]:
         print(plot(Path(argument)))
+    if not sys.argv[1:]:
+        print(plot_mt10(Path(__file__).parent))

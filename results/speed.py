@@ -6,8 +6,9 @@
     python results/speed.py --before FILE        in turns with FILE, the d2r_sac.py of commit 10ccb2b
 
 On a CPU what is compared takes turns, in a new order each round, of six calls, the first of which does not count. On a
-GPU each form has a process of its own: torch.compile leaves a function uncompiled after eight forms. Leave the machine
-alone meanwhile.
+GPU each form has a process of its own: torch.compile leaves a function uncompiled after eight forms. The loop runs with
+1, 2, 4 and 8 environments per task: on a GPU with a batch as many times as large, on a CPU with the same one. Leave the
+machine alone meanwhile.
 """
 
 import argparse
@@ -35,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import d2r_sac as d2r
 
 ROUNDS, CALLS, OBS, ACTION = 6, 5, 39, 4
+ENVS_PER_TASK = 1, 2, 4, 8
 
 
 def seconds(function, device) -> float:
@@ -250,10 +252,11 @@ def one_form(env_id, batch_size, name) -> None:
     print(json.dumps(facts | {"kernels": sum(counts.values()), "floor": statistics.median(updates) / floor}))
 
 
-def environments(env_id) -> float:
-    """Seconds that a step of every task takes, with random actions."""
-    args, tasks, _ = d2r.parse_arguments(["--env-id", env_id])
-    actions = np.random.default_rng(0).uniform(-1, 1, (40, 10, len(tasks), ACTION)).astype(np.float32)
+def environments(env_id, envs_per_task) -> float:
+    """Seconds that a step of all environments takes, with random actions."""
+    args, tasks, _ = d2r.parse_arguments(["--env-id", env_id, "--envs-per-task", str(envs_per_task)])
+    shape = 40, 10, envs_per_task * len(tasks), ACTION
+    actions = np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
     with d2r.make_envs(tasks, args, args.seed) as envs:
         envs.reset()
         times = [seconds(lambda a=a: [envs.step(action) for action in a], torch.device("cpu")) / 10 for a in actions]
@@ -276,7 +279,7 @@ def memory(pid, file: str, name: str) -> float:
     return int(next(line for line in lines if line.startswith(name)).split()[1]) / 1e6
 
 
-def loop(env_id, batch_size, device, *options) -> None:
+def loop(env_id, batch_size, device, envs_per_task, *options) -> None:
     """Child: train a while with a replay that is full from the start, and print what progress.csv says."""
     acted_at, updates, filling, workers = [], [], [], []
     act, update = d2r.Agent.act, d2r.Agent.update
@@ -305,10 +308,11 @@ def loop(env_id, batch_size, device, *options) -> None:
         return losses
 
     d2r.ReplayBuffer, d2r.Agent.act, d2r.Agent.update = FullReplay, timed_act, timed_update
-    T = len(d2r.task_names(env_id))
-    steps = T * (1800 if device == "cuda" else 192_000 // int(batch_size))
+    N = int(envs_per_task) * len(d2r.task_names(env_id))
+    steps = N * (1800 if device == "cuda" else 192_000 // int(batch_size))
     with tempfile.TemporaryDirectory() as results_dir:
-        arguments = f"--env-id {env_id} --batch-size {batch_size} --device {device} --learning-starts {T} "
+        arguments = f"--env-id {env_id} --batch-size {batch_size} --device {device} --learning-starts {N} "
+        arguments += f"--envs-per-task {envs_per_task} "
         arguments += f"--total-steps {steps} --log-every {steps // 6} --eval-every {100 * steps} --eval-episodes 1 "
         arguments += f"--no-tensorboard --results-dir {results_dir} --run-name run"
         if d2r.main([*arguments.split(), *options]):
@@ -325,25 +329,30 @@ def measure(env_id, batch_size, device, before) -> None:
     print(f"\n## {env_id}, batch {batch_size:,}\n\n| | median (quartiles) | multiple of the floors |\n|---|---|---|")
     row("operations of an update in the form for a GPU, without clipping and Adam", f"{operations(env_id):,}")
     update = updates_and_acting(env_id, batch_size, device, before)
+    T, cuda = len(d2r.task_names(env_id)), device.type == "cuda"
     if not before:
-        step, T = environments(env_id), len(d2r.task_names(env_id))
-        row(f"environments alone, {T} workers", f"{T / step:,.0f} steps/s, {1e3 * step:.1f} ms")
-        for options in ([], ["--compile"]) if device.type == "cuda" else ([],):
-            run = child("loop", env_id, str(batch_size), device.type, *options)
-            median, low, high = quartiles(run["speeds"])
+        for options in ([], ["--compile"]) if cuda else ([],):
             title = " ".join(["the whole loop", *(f"`{option}`" for option in options)])
-            speed = f"{median:,.1f} steps/s ({low:,.1f} to {high:,.1f}), {1e3 * T / median:.4g} ms"
-            row(f"{title}: a step of each task, and an update", speed)
-            if device.type == "cpu":
-                for name, longer in (("an update alone", update), ("its updates", run["update"])):
-                    beyond = 100 * (T / median / max(longer, step) - 1)
-                    title = f"the loop beyond the longer of the environments and {name}, {1e3 * longer:.4g} ms"
-                    row(title, f"{beyond:+.0f} %")
-        row("from the start of a run to its first step", f"{run['start']:.1f} s")
-        row("peak memory of the learner, replay full", f"{run['peak']:.2f} GB")
-        row(f"memory of the {T} workers together", f"{run['workers']:.2f} GB")
-        if device.type == "cuda":
-            row("peak memory on the GPU", f"{run['gpu']:.2f} GB")
+            print(f"\n| environments per task | environments alone | {title} | batch | workers | learner | start |")
+            print("|---|---|---|---|---|---|---|")
+            for E in (E for E in ENVS_PER_TASK if E * T <= 80 or cuda):
+                size = batch_size * E if cuda else batch_size
+                step = environments(env_id, E)
+                run = child("loop", env_id, str(size), device.type, str(E), *options)
+                median, low, high = quartiles(run["speeds"])
+                cells = [E, f"{E * T / step:,.0f} steps/s, {1e3 * step:.1f} ms"]
+                cells += [
+                    f"{median:,.1f} steps/s ({low:,.1f} to {high:,.1f}), {1e3 * E * T / median:.4g} ms",
+                    f"{size:,}",
+                ]
+                cells += [f"{run['workers']:.2f} GB", f"{run['peak']:.2f} GB", f"{run['start']:.1f} s"]
+                print("|", " | ".join(map(str, cells)), "|", flush=True)
+                if cuda:
+                    print(f"{E} environments per task: {run['gpu']:.2f} GB on the GPU", file=sys.stderr)
+                elif E == 1:
+                    beyond = [100 * (T / median / max(longer, step) - 1) for longer in (update, run["update"])]
+                    text = "the loop beyond the longer of the environments and an update: {:+.0f} % alone, {:+.0f} % its own"
+                    print(text.format(*beyond), file=sys.stderr)
 
 
 def main() -> None:
