@@ -68,7 +68,7 @@ class Args:
     episode_length: int = 200
     """time limit of an episode, in steps of its task; at most 500"""
     envs_per_task: int = 1
-    """E, environments of each task, all stepped between two updates, each in a process; scale batch_size with it"""
+    """E, environments of each task, each in its own process; E times the batch_size replays a step as often as E = 1"""
     total_steps: int | None = None
     """environment steps, over all environments and ranks (15M for MT10, 50M for MT50, 1.5M per task otherwise)"""
     buffer_size: int | None = None
@@ -78,7 +78,7 @@ class Args:
     learning_starts: int | None = None
     """environment steps with the untrained stochastic policy before the first update (4,000 per task)"""
     eval_every: int | None = None
-    """environment steps between evaluations (a hundredth of the run, but no fewer than an evaluation itself takes)"""
+    """environment steps between evaluations (a hundredth of the run, at least as many as its own episodes have)"""
     eval_episodes: int = 32
     """episodes of each task in an evaluation"""
     # Networks and routing
@@ -565,10 +565,10 @@ def make_envs(tasks: list[str], args: Args, seed: int):
     """AsyncVectorEnv, a process for each of E T environments: actions in [-1, 1], SameStep autoreset. Raises RunError
     if one dies."""
 
-    def make(task, copy):  # each copy has an order of goals of its own
-        return gym.wrappers.RescaleAction(make_env(task, args, seed + copy), np.float32(-1), np.float32(1))
+    def make(task, replica):  # each has an order of goals of its own
+        return gym.wrappers.RescaleAction(make_env(task, args, seed + replica), np.float32(-1), np.float32(1))
 
-    makers = [partial(make, task, copy) for copy in range(args.envs_per_task) for task in tasks]
+    makers = [partial(make, task, replica) for replica in range(args.envs_per_task) for task in tasks]
     envs = gym.vector.AsyncVectorEnv(makers, autoreset_mode="SameStep")
     try:
         yield envs
@@ -615,7 +615,7 @@ class Episodes:
 def evaluate(agent: Agent, envs, tasks: list[str], number: int, stop: list) -> dict[str, float]:
     """Run `number` episodes of each task with Top-K routes and tanh(mean). Returns {} once a signal is in `stop`.
 
-    Prints and returns Episodes.means, and modules_used, per step, of each task and averaged."""
+    Prints and returns Episodes.means, and modules_used, of all steps, of each task and averaged."""
     obs, _ = envs.reset()
     T = len(tasks)
     E = len(obs) // T
@@ -874,7 +874,7 @@ class RunLog:
     def write(self, run: Progress, record: dict[str, float]) -> None:
         steps, seconds = run.global_step - self.last.global_step, run.seconds - self.last.seconds
         speed = steps / seconds if steps else math.nan  # no steps: resumed, then evaluated
-        left = (self.args.total_steps / run.global_step - 1) * run.seconds / 3600
+        left = max(self.args.total_steps / run.global_step - 1, 0) * run.seconds / 3600
         shown = {name: record.get(name, math.nan) for name in ("train_success", "train_return")}
         learned = "".join(f", {name} {value:.2f}" for name, value in shown.items() if not math.isnan(value))
         print(f"step {run.global_step:,}, {speed:,.1f} steps/s, {left:.1f} hours left{learned}", flush=True)
@@ -907,6 +907,7 @@ def load(args: Args, argv: list[str] | None) -> tuple[dict, Args]:
             raise ValueError(damaged or f"it holds no {part}")
         known = {field.name for field in fields(Args)}
         old = Args(**{name: value for name, value in saved["args"].items() if name in known})
+        old.envs_per_task = 1 if args.evaluate else old.envs_per_task  # no more processes than it takes
     except Exception as error:  # a damaged file fails in many ways
         reason = str(error).split("\n")[0]
         raise UsageError(f"{option}: {path} is missing, damaged or of another version: {reason}") from error
@@ -947,7 +948,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[Args, list[str], dict | Non
     if args.batch_size % (T * ranks):
         raise UsageError(f"--batch-size is {args.batch_size}; it must be a multiple of tasks times ranks, {T * ranks}")
     if args.buffer_size < (least := max(args.batch_size, args.envs_per_task * T * ranks)):
-        raise UsageError(f"--buffer-size must be at least a batch and a step of all environments, {least}")
+        raise UsageError(f"--buffer-size must hold a batch, and a step of all environments: at least {least}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device is cuda, and PyTorch finds none here; write --device cpu")
     if args.resume and len(saved["buffers"]) != ranks:

@@ -901,10 +901,10 @@ def test_several_environments_per_task(tmp_path, pendulums, capsys):
     second = checkpoint(run_dir)
     changed = (second["buffers"][0][0] != first["buffers"][0][0]).any(-1).any(-1)
     assert second["position"] == 50 and changed.tolist() == [20 <= place < 50 for place in range(100)]
-    for number in ("1", "3"):  # an evaluation may have others
-        capsys.readouterr()
-        policy = ["--evaluate", str(run_dir / "actor.pt"), "--eval-episodes", "2", "--envs-per-task", number]
-        assert d2r.main(policy) == 0 and capsys.readouterr().out.count("success nan") == 3
+    policy = ["--evaluate", str(run_dir / "actor.pt"), "--eval-episodes", "2"]
+    assert d2r.parse_arguments(policy)[0].envs_per_task == 1  # whatever training had
+    capsys.readouterr()
+    assert d2r.main([*policy, "--envs-per-task", "3"]) == 0 and capsys.readouterr().out.count("success nan") == 3
 
 
 def test_in_the_order_of_a_gpu_a_run_learns_the_same(tmp_path, pendulums, monkeypatch):
@@ -1124,8 +1124,8 @@ MISTAKES = f"""
 --env-id reach-v3,drawer-closed-v3: 'drawer-closed-v3' is unknown, or named twice; the nearest: drawer-close-v3
 --env-id reach-v3,push-v3,reach-v3: 'reach-v3' is unknown, or named twice
 --batch-size 1281: --batch-size is 1281; it must be a multiple of tasks times ranks, 10
---buffer-size 100: --buffer-size must be at least a batch and a step of all environments, 1280
---buffer-size 1300 --envs-per-task 200: must be at least a batch and a step of all environments, 2000
+--buffer-size 100: --buffer-size must hold a batch, and a step of all environments: at least 1280
+--buffer-size 1300 --envs-per-task 200: must hold a batch, and a step of all environments: at least 2000
 --envs-per-task 0: --envs-per-task is 0; it must lie between 1 and 1000
 --learning-rate nan: --learning-rate is nan; it must be positive and finite
 --top-k 17: --top-k is 17; it must lie between 0 and 16
@@ -1268,7 +1268,7 @@ def test_routing_figures(figures, tmp_path, monkeypatch, capsys):
         assert float(row["edge_overlap"]) == pytest.approx(common, abs=6e-4) and 0 < common < 1
         assert row["nearest_task"] == rows[1 - t]["task"]
         assert float(row["modules_used_std"]) == pytest.approx(depths[t].std(), abs=6e-4)
-    assert d2r.main(["--evaluate", str(run_dir / "actor.pt"), "--eval-episodes", "3", "--envs-per-task", "1"]) == 0
+    assert d2r.main(["--evaluate", str(run_dir / "actor.pt"), "--eval-episodes", "3"]) == 0
     evaluated = re.findall(r"(\S+): success ([0-9.]+), .* modules used ([0-9.]+)", capsys.readouterr().out)
     for row, (task, success, used) in zip(rows, evaluated, strict=True):
         assert (row["task"], f"{float(row['success']):.2f}") == (task, success)

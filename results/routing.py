@@ -52,8 +52,7 @@ class Steps(NamedTuple):
 
 def load(run_dir: Path, device: str = "auto"):
     """Arguments, tasks and policy of RUN/actor.pt. Raises d2r.UsageError."""
-    options = ["--evaluate", str(run_dir / "actor.pt"), "--device", device, "--envs-per-task", "1"]
-    args, tasks, saved = d2r.parse_arguments(options)
+    args, tasks, saved = d2r.parse_arguments(["--evaluate", str(run_dir / "actor.pt"), "--device", device])
     device = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
     weights = {name.removeprefix("routing_network."): weight for name, weight in saved["actor"].items()}
     obs_dim, action_dim = weights["obs_encoder.0.weight"].shape[1], len(weights["base_modules.head.weight"]) // 2
