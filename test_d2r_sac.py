@@ -5,7 +5,6 @@ import collections
 import contextlib
 import csv
 import importlib.util
-import inspect
 import itertools
 import json
 import math
@@ -19,7 +18,6 @@ import signal
 import socket
 import subprocess
 import sys
-import textwrap
 import time
 import types
 from importlib.metadata import version
@@ -310,13 +308,19 @@ def test_used_modules_against_every_path(granularity):
 
 
 # ------------------------------------------------------------------------------------------------------- ResRouting
-def plain_definition(detach="f_j.detach()", **names):
-    """The definition in plain autograd that stands in MixSources' docstring: the oracle."""
-    text, end = inspect.cleandoc(d2r.MixSources.__doc__), "return f[-1]"
-    code = textwrap.dedent(text[text.index("    def plain") : text.index(end) + len(end)])
-    assert code.count("f_j.detach()") == 1
-    exec(code.replace("f_j.detach()", detach), names := {"torch": torch, **names})
-    return names["plain"]
+def plain(modules, head, h, w, kept, stop=torch.Tensor.detach):
+    """The definition of ResRouting in plain autograd, every module being computed for every sample: the oracle.
+
+    w, kept (B, M, M): routing weights, 0 where not chosen, and whether an edge is kept."""
+    f, x = [modules[0](h.relu())], [torch.zeros(())]
+    for module, w_i, kept_i in zip([*modules[1:], head], w.unbind(1), kept.unbind(1)):
+        own = shortcut = 0
+        for f_j, x_j, w_ij, kept_ij in zip(f, x, w_i.T[..., None], kept_i.T[..., None]):
+            own = own + w_ij * (torch.where(kept_ij, f_j, stop(f_j)) + x_j)
+            shortcut = shortcut + w_ij * (f_j + x_j)
+        f.append(module(own))
+        x.append(shortcut)
+    return f[-1]
 
 
 MODULES = {
@@ -364,7 +368,7 @@ def routed(M, K, H, B, make_module=d2r.BaseModule, routing="module"):
 )
 def test_resrouting_against_plain_autograd(M, K, H, B, routing, make_module, form):
     base, h, logits, routes, table = routed(M, K, H, B, make_module, routing)
-    expected, leaves = plain_definition()(base.module, base.head, h, *table()), [h, logits, *base.parameters()]
+    expected, leaves = plain(base.module, base.head, h, *table()), [h, logits, *base.parameters()]
     grad_output, options = torch.randn_like(expected), {"allow_unused": True, "materialize_grads": True}
     gradients = torch.autograd.grad(expected, leaves, grad_output, **options)
     torch._dynamo.reset()
@@ -381,13 +385,14 @@ def test_resrouting_against_finite_differences():
     leaves, grad_output = [h, logits, *base.parameters()], torch.randn(3, 2, dtype=torch.float64)
     gradients = torch.autograd.grad(base(h, logits, routes), leaves, grad_output, materialize_grads=True)
     held, (w, kept) = [], table()
-    plain_definition("stop(f_j)", stop=lambda f: held.append(f.clone()) or f)(base.module, base.head, h, w, kept)
+    plain(base.module, base.head, h, w, kept, stop=lambda f: held.append(f.clone()) or f)
 
     @torch.no_grad()
     def value(leaf, step):
         leaf += step
-        definition, stopped = plain_definition("stop(f_j)", stop=lambda f: next(stopped)), iter(held)
-        return (definition(base.module, base.head, h, table()[0], kept) * grad_output).sum().item()
+        stopped = iter(held)
+        output = plain(base.module, base.head, h, table()[0], kept, stop=lambda f: next(stopped))
+        return (output * grad_output).sum().item()
 
     for leaf, gradient in zip(leaves, gradients):
         step = 1e-6 * torch.randn_like(leaf)
@@ -527,15 +532,16 @@ def test_compiled_and_eager_losses_agree():
 def test_on_cuda_networks_are_compiled_and_the_optimizer_capturable(monkeypatch):
     compiled = []
     monkeypatch.setattr(nn.Module, "compile", lambda module, **options: compiled.append(module))
-    agents = [small_agent(compile=compile)[0] for compile in (True, False, True)]
-    act, update = d2r.accelerate(agents[0])
-    assert not compiled and not agents[0].optimizer.param_groups[0]["capturable"]
-    assert (act.function, update.function) == (agents[0].act, agents[0].update)
+    agent = small_agent(compile=True)[0]
+    act, update = d2r.accelerate(agent)
+    assert not compiled and not agent.optimizer.param_groups[0]["capturable"]
+    assert (act.function, update.function) == (agent.act, agent.update)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    agents = [small_agent(compile=compile)[0] for compile in (False, True)]
+    d2r.accelerate(agents[0])
+    assert not compiled and all(group["capturable"] for group in agents[0].optimizer.param_groups)
     d2r.accelerate(agents[1])
-    assert not compiled and all(group["capturable"] for group in agents[1].optimizer.param_groups)
-    d2r.accelerate(agents[2])
-    assert compiled == [agents[2].actor, *agents[2].critics, *agents[2].target_critics]
+    assert compiled == [agents[1].actor, *agents[1].critics, *agents[1].target_critics]
 
 
 def test_side_by_side_forks_and_joins(monkeypatch):
@@ -577,7 +583,7 @@ def test_an_update_takes_few_operations():
         b.view(9)[2:5].unsqueeze(0).detach()
         torch._foreach_add_([a, b], 1.0)  # 5
     assert count.number == 5
-    assert 1900 < speed.operations("MT10") <= 2200
+    assert 1900 < speed.operations("MT10") <= 2210
 
 
 def test_on_a_gpu_nothing_waits_for_the_host(monkeypatch):
@@ -650,16 +656,16 @@ def test_evaluation_knows_an_expert():
     args, tasks, _ = d2r.parse_arguments(["--env-id", "reach-v3,drawer-close-v3", "--envs-per-task", "2"])
     policies = [ENV_POLICY_MAP[task]() for task in tasks * 2]
 
-    def actor(obs, task):
+    def act(obs, deterministic):
         action = [policy.get_action(o.astype(np.float64)) for policy, o in zip(policies, obs.numpy())]
-        action = torch.tensor(np.array(action)).clamp(-1 + 1e-9, 1 - 1e-9)
-        return torch.cat([action.atanh(), action], -1), torch.tensor([[0, 0], [0, 1], [0, 1], [2, 1]]).expand(4, 4, 2)
+        routes = torch.tensor([[0, 0], [0, 1], [0, 1], [2, 1]]).expand(4, 4, 2)
+        return torch.tensor(np.array(action)).clamp(-1, 1), routes
 
     with d2r.make_envs(tasks, args, args.seed) as envs:
-        agent = types.SimpleNamespace(actor=actor, task=torch.arange(2))
+        agent = types.SimpleNamespace(act=act, task=torch.arange(2))
         results = d2r.evaluate(agent, envs, tasks, 8, [])
     assert not multiprocessing.active_children()
-    assert min(results["success/reach-v3"], results["success/drawer-close-v3"]) >= 0.85 and results["modules_used"] == 3
+    assert min(results["success"]) >= 0.85 and results["modules_used"] == [3, 3]
 
 
 def test_evaluation_by_hand():
@@ -674,14 +680,13 @@ def test_evaluation_by_hand():
 
     envs = types.SimpleNamespace(reset=lambda: (np.zeros((2, 5)), {}), step=step)
     results = d2r.evaluate(agent, envs, ["a", "b"], 2, [])
-    assert (results["success/a"], results["success/b"], results["success"]) == (0.5, 0.5, 0.5)
-    assert (results["return/a"], results["return/b"], results["return"]) == (10.5, 2.0, 6.25)
-    episodes = d2r.Episodes(2)
-    assert episodes.means(["a", "b"], "train_") == {}
+    assert (results["success"], results["return"]) == ((0.5, 0.5), (10.5, 2.0))
+    episodes = d2r.Episodes(2, 2)
+    assert episodes.means("train_") == {"train_success": (None, None), "train_return": (None, None)}
     for ended in (False, True):
         episodes.add(np.array([2.0, 1.0]), np.array([ended, False]), {"success": np.array([True, False])})
-    expected = {"train_success/a": 1, "train_success": 1, "train_return/a": 4, "train_return": 4}
-    assert episodes.means(["a", "b"], "train_") == expected  # without b, of which no episode has ended
+    # Of the second no episode has ended.
+    assert episodes.means("train_") == {"train_success": (1, None), "train_return": (4, None)}
     agent.actor.base_modules.head.bias.data[0] = math.nan  # MuJoCo would warn for ever
     with pytest.raises(d2r.RunError, match="the policy's actions are not finite"):
         d2r.evaluate(agent, types.SimpleNamespace(reset=envs.reset), ["a", "b"], 2, [])
@@ -690,10 +695,9 @@ def test_evaluation_by_hand():
 def test_an_evaluation_does_not_prefer_short_episodes():
     """Four episodes of each task, three environments of each: two of the first and one of each other, however long they
     are. Of a the second alone is successful, in its ninth step; the four that end first have a success in none."""
-    lengths, t, tasks = np.array([2, 1, 9, 1, 3, 6]), itertools.count(1), []  # of a and b in turns
+    lengths, t = np.array([2, 1, 9, 1, 3, 6]), itertools.count(1)  # of a and b in turns
 
-    def actor(obs, task):
-        tasks.append(task.tolist())
+    def act(obs, deterministic):
         routes = [[[0, 0], [0, i], [i, i]] for i in (0, 0, 1, 0, 1, 0)]  # modules used: 1, 1, 2, 1, 2, 1
         return torch.zeros(6, 2), torch.tensor(routes)
 
@@ -704,12 +708,12 @@ def test_an_evaluation_does_not_prefer_short_episodes():
         return np.zeros((6, 5)), np.ones(6), ended, np.zeros(6, bool), {"final_info": {"success": success}}
 
     envs = types.SimpleNamespace(reset=lambda: (np.zeros((6, 5)), {}), step=step)
-    agent = types.SimpleNamespace(actor=actor, task=torch.arange(2))
+    agent = types.SimpleNamespace(act=act, task=torch.arange(2))
     results = d2r.evaluate(agent, envs, ["a", "b"], 4, [])
-    assert tasks == 9 * [[0, 1, 0, 1, 0, 1]]
-    assert (results["success/a"], results["success/b"], results["return/a"]) == (0.25, 0, (2 + 2 + 9 + 3) / 4)
-    assert results["return/b"] == (1 + 1 + 1 + 6) / 4
-    assert (results["modules_used/a"], results["modules_used/b"]) == (pytest.approx(5 / 3), 1)
+    assert next(t) == 10
+    assert results["success"] == (0.25, 0)
+    assert results["return"] == ((2 + 2 + 9 + 3) / 4, (1 + 1 + 1 + 6) / 4)
+    assert results["modules_used"] == [pytest.approx(5 / 3), 1]
 
 
 @pytest.mark.parametrize("goals", ["fixed", "random"])
@@ -985,6 +989,8 @@ def learner(log, arguments, **environment):  # main in a process, and a process 
         sys.stdout = sys.stderr = open(log, "w", buffering=1)  # noqa: SIM115
         os.dup2(sys.stdout.fileno(), 2)
         os.environ |= environment
+        d2r.RANK = int(environment.get("RANK", 0))
+        d2r.RANKS = int(environment.get("WORLD_SIZE", 1))
         sys.exit(d2r.main([*map(str, arguments), "--device", "cpu"]))
 
     process = multiprocessing.get_context("fork").Process(target=child)
@@ -1049,7 +1055,8 @@ def test_a_signal_during_an_evaluation(tmp_path, pendulums, monkeypatch):
     assert run(tmp_path, f"{TWO_TASKS} --total-steps 120 --eval-every 60 --log-every 20") == 0
     assert steps(tmp_path / "run") == [20, 40]
     assert d2r.main(["--resume", str(tmp_path / "run")]) == 0
-    assert steps(tmp_path / "run") == [20, 40, 60, 80, 100, 120]
+    # The evaluation that was due at 60 comes after the next step.
+    assert steps(tmp_path / "run") == [20, 40, 62, 80, 100, 120]
     assert [bool(r["return"]) for r in progress(tmp_path / "run")] == [False, False, True, False, False, True]
 
 
@@ -1107,11 +1114,11 @@ def test_a_full_disk_leaves_the_last_files_whole(tmp_path, pendulums, capsys):
     assert run(tmp_path, f"{TWO_TASKS} --total-steps 60") == 0
     names = ["args.json", "progress.csv", "checkpoint.pt", "actor.pt"]
     limits, _ = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    for size, code, kept in ((100, 2, names), (100_000, 1, names[1:])):
+    for size, code, kept in ((100, 2, names), (100_000, 1, names[2:])):
         before = [(tmp_path / "run" / name).read_bytes() for name in kept]
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
         try:
-            assert d2r.main(["--resume", str(tmp_path / "run")]) == code
+            assert d2r.main(["--resume", str(tmp_path / "run"), "--total-steps", "120"]) == code
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert "cannot be written" in capsys.readouterr().err
@@ -1124,14 +1131,15 @@ MISTAKES = f"""
 --env-id reach-v3,drawer-closed-v3: 'drawer-closed-v3' is unknown, or named twice; the nearest: drawer-close-v3
 --env-id reach-v3,push-v3,reach-v3: 'reach-v3' is unknown, or named twice
 --batch-size 1281: --batch-size is 1281; it must be a multiple of tasks times ranks, 10
---buffer-size 100: --buffer-size must hold a batch, and a step of all environments: at least 1280
---buffer-size 1300 --envs-per-task 200: must hold a batch, and a step of all environments: at least 2000
+--buffer-size 100: --buffer-size must be at least 1280: a batch, and a step of all environments
+--buffer-size 1300 --envs-per-task 200: must be at least 2000: a batch, and a step of all environments
 --envs-per-task 0: --envs-per-task is 0; it must lie between 1 and 1000
 --learning-rate nan: --learning-rate is nan; it must be positive and finite
 --top-k 17: --top-k is 17; it must lie between 0 and 16
 --parallel-modules 2: --parallel-modules is for --routing layer and model
 --routing layer --parallel-modules 5: --num-modules must be a multiple of --parallel-modules, 5
---encoder-widths: --encoder-widths is 0; it must be positive
+--encoder-widths: --encoder-widths needs at least one width
+--router-widths 32 0: --router-widths is 0; it must be positive
 --device cuda: --device is cuda, and PyTorch finds none here; write --device cpu
 --results-dir {SCRIPT}: Not a directory
 --resume no/such/run: no/such/run/checkpoint.pt is missing
@@ -1169,7 +1177,7 @@ def test_two_ranks_learn_the_same_from_what_each_of_them_sees(tmp_path, pendulum
         save_run(log, agent, replay, run)
         seen["mean"] = torch.cat([p.grad.flatten() for p in agent.parameters() if p.grad is not None])
         saved = {**seen, "agent": agent.state_dict(), "seen": replay.transitions[: replay.size].clone()}
-        torch.save(saved, tmp_path / f"rank{d2r.world()[0]}.pt")
+        torch.save(saved, tmp_path / f"rank{d2r.RANK}.pt")
 
     monkeypatch.setattr(torch.distributed, "all_reduce", spied_all_reduce)
     monkeypatch.setattr(d2r, "save_run", spied_save)
