@@ -15,13 +15,13 @@ Difficult: Multi-Task Deep Reinforcement Learning with Dynamic Depth Routing", A
     base modules         f_i = relu(W_i x_i + b_i), o_i = f_i + x_i; o_0 = f_0(relu(h))     BaseModule, BaseModules
     wiring               x_i = sum_j w_ij o_j                                               MixSources
     ResRouting           unlikely edges read o_j as stop_gradient(f_j) + x_j                gradient_kept, MixSources
-    soft actor-critic    losses and alpha per task, weighted by task                        Agent.update
+    soft actor-critic    losses and alpha of each task; their weights, as for balancing     Agent.update
     route balancing      temperature of a task = T softmax(-log alpha)                      Agent.temperature
 
 T tasks, M modules, H module width, K sources, B samples in a batch, n = B / T samples of each task, E environments of
 each task. Modules are 0 ... M-1; the head counts as module M. Module i may take modules 0 ... i-1 as sources. Tables
-(B, M, M) and routes (B, M, K) have a row for each of the modules 1 ... M: row r belongs to module r + 1. Forbidden edges
-have logit -inf. A step of all environments has E rows of T: environment i runs task i % T.
+(B, M, M) and routes (B, M, K) have a row for each of the modules 1 ... M: row r belongs to module r + 1. Forbidden
+edges have logit -inf. Of the E T environments number i runs task i % T.
 `# NOTE:` marks where paper, authors' code and this file differ, or where the code settles what the paper leaves open.
 """
 
@@ -77,7 +77,7 @@ class Args:
     num_modules: int = 16  # M, base modules of a network
     top_k: int = 2  # K, sources of a module; 0: all that it may choose (soft routing)
     routing: Literal["module", "layer", "model"] = "module"  # granularity; see allowed_sources
-    parallel_modules: int = 4  # P, modules of a layer, or chains; for routing layer or model
+    parallel_modules: int = 4  # P, width of a layer, or number of chains; for layer or model
     module_width: int = 128  # H, width of a base module
     encoder_widths: tuple[int, ...] = (400, 400)  # of the observation encoder; the last also of the task encoder
     router_widths: tuple[int, ...] = (256, 256)  # of the hidden layers that follow, up to the routing logits
@@ -92,7 +92,7 @@ class Args:
     initial_alpha: float = 1.0  # entropy coefficient of every task at the start; at most 1
     target_entropy: float | None = None  # in nats (minus the size of an action)
     reward_scale: float = 0.1  # factor on the environments' rewards
-    max_task_loss: float = 3e3  # a task whose summed loss exceeds this is left out of the update
+    max_task_loss: float = 3e3  # a task whose losses sum to more is left out of the update
     max_grad_norm: float = 1.0  # of the actor, each critic and log alpha, each by itself
     # The run
     seed: int = 1  # of the networks, the sampling and the goals
@@ -151,7 +151,7 @@ class RoutingNetwork(nn.Module):
         self.M = len(allowed)
         self.obs_encoder = mlp((input_dim, *encoder_widths))
         self.task_encoder = init(nn.Linear(num_tasks, width))
-        # NOTE: the router's last layer is initialised as a hidden one; heads are the outputs of actor and critics.
+        # NOTE: as in the authors' code the router's last layer is initialised as a hidden one, not as a head.
         self.router = mlp((width, *router_widths, int(allowed.sum())))
         self.register_buffer("one_hot", torch.eye(num_tasks), persistent=False)
         self.register_buffer("edges", allowed.flatten().nonzero().squeeze(1), persistent=False)
@@ -215,9 +215,9 @@ def allowed_sources(M: int, routing: str, P: int) -> Tensor:
     module: all earlier ones. layer: all modules of the layer before, in layers of P. model: the module before in one
     of P chains; only the head chooses, among the ends of the chains. With M = 6 and P = 2:
 
-        layer:  0   2   4           model:  0 - 2 - 4            Module 0 reads the state's embedding, and
-                  X   X   > head              \\          > head   is the source of modules 1 ... P-1.
-                1   3   5                   1 - 3 - 5
+        layer:  0   2   4            model:  0 - 2 - 4            Module 0 reads the state's embedding, and
+                | X   X   > head             |         > head     is the source of modules 1 ... P-1.
+                1   3   5                    1 - 3 - 5
     """
     # NOTE: the paper compares these three; the authors' code has the first only, the others are our reading.
     if routing != "module" and not (1 <= P <= M and M % P == 0):
@@ -225,20 +225,20 @@ def allowed_sources(M: int, routing: str, P: int) -> Tensor:
     i, j = torch.arange(1, M + 1)[:, None], torch.arange(M)
     if routing == "module":
         return j < i
-    before = j // P == i // P - 1 if routing == "layer" else j == i - P
-    before = torch.where(i == M, j >= M - P, before)
-    return torch.where(i < P, j == 0, before)
+    previous = j // P == i // P - 1 if routing == "layer" else j == i - P
+    previous = torch.where(i == M, j >= M - P, previous)
+    return torch.where(i < P, j == 0, previous)
 
 
 # ------------------------------------------------------------------------------------------------------- base modules
 class MixSources(torch.autograd.Function):
     """x_i = sum_j w_ij o_j with the gradients of ResRouting.
 
-    Replayed routes were chosen by an older policy, at another temperature: today's routing would hardly send some of
-    these samples to module j, so they should not train it. Where edge (i, j) is not kept (see gradient_kept), module i
-    reads o_j = f_j + x_j as stop_gradient(f_j) + x_j: f_j is not trained, but the modules before it are. The residual
-    shortcut from x_i to o_i is never blocked. With g_i the gradient of what module i reads, and grad x_i that of the
-    shortcut:
+    The actor's replayed routes were chosen by an older policy, the critics' are drawn at a temperature: today's routing
+    would hardly send some of these samples to module j, so they should not train it. Where edge (i, j) is not kept (see
+    gradient_kept), module i reads o_j = f_j + x_j as stop_gradient(f_j) + x_j: f_j is not trained, but the modules
+    before it are. The residual shortcut from x_i to o_i is never blocked. With g_i the gradient of what module i reads,
+    and grad x_i that of the shortcut:
 
         grad f_j = sum_i w_ij (kept_ij g_i + grad x_i)      grad x_j = sum_i w_ij (g_i + grad x_i)
 
@@ -249,8 +249,8 @@ class MixSources(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tape, o, f, x, before, w, w_kept, slots):
         """Stores o = f + x of the module before, in its slots `before`, then mixes the sources of module i, which B_i
-        samples use. w, slots (B_i, K), w_kept (B_i, K, 2): w where f_j, and where x_j, gets g_i, else 0. Returns the
-        tape and x_i (B_i, H) twice: for module i itself, and for its shortcut."""
+        samples use. w, slots (B_i, K), w_kept (B_i, K, 2): w_ij kept_ij, the share of g_i for f_j, and w_ij, for x_j.
+        Returns the tape and x_i (B_i, H) twice: for module i, which may work in place, and for its shortcut."""
         torch.add(f, x, out=o[before])
         picked = F.embedding(slots, o)  # (B_i, K, H)
         ctx.before = before
@@ -266,7 +266,7 @@ class MixSources(torch.autograd.Function):
         grad_w = (picked * (grad_own + grad_shortcut)).sum(-1)
         grad_o = w_kept[..., None] * grad_own[:, None]  # (B_i, K, 2, H)
         grad_o.addcmul_(w[..., None, None], grad_shortcut[:, None])
-        # In place: the mixing after this one made the tape's gradient, and only the one before reads it.
+        # In place: nobody else holds the tape's gradient.
         grad_tape.index_add_(0, slots.flatten(), grad_o.flatten(0, 1))
         grad_f, grad_x = grad_tape[ctx.before].unbind(1)  # all readers of the module before are done
         return grad_tape, None, grad_f, grad_x, None, grad_w, None, None
@@ -274,7 +274,8 @@ class MixSources(torch.autograd.Function):
 
 class BaseModule(nn.Linear):
     """f = relu(W x + b). Any nn.Module from (., in_features) to (., out_features) can replace it if it treats each
-    sample by itself and accepts an empty batch. Module 0 reads h, the others H features; all give H."""
+    sample by itself and accepts an empty batch. Module 0 reads relu(h), and must not change it in place; the others
+    read H features; all give H."""
 
     def reset_parameters(self):
         init(self)
@@ -286,7 +287,7 @@ class BaseModule(nn.Linear):
 class BaseModules(nn.Module):
     """M modules and a head, each fed by the sources that its row of the routes names.
 
-    On a CPU a module is computed for the samples that use it only; on a GPU for all, since shapes must be static."""
+    On a CPU a module is computed only for the samples that use it; on a GPU for all, since shapes must be static."""
 
     def __init__(self, embedding_dim, output_dim, num_modules, width, resrouting, make_module):
         super().__init__()
@@ -296,7 +297,7 @@ class BaseModules(nn.Module):
         self.head = init(nn.Linear(width, output_dim), head=True)
 
     def forward(self, h: Tensor, logits: Tensor, routes: Tensor) -> Tensor:
-        """h (B, embedding_dim), logits (B, M, M), routes (B, M, K) -> (B, output_dim). Raises ValueError."""
+        """h (B, embedding_dim), logits (B, M, M), routes (B, M, K) -> (B, output_dim). On a CPU raises ValueError."""
         B, M, _ = routes.shape
         logits = logits.transpose(0, 1)  # (M, B, M)
         sources = routes.transpose(0, 1).contiguous().long()  # (M, B, K)
@@ -318,8 +319,8 @@ class BaseModules(nn.Module):
         w, w_kept, slots = [part.flatten(0, 1)[read].split(counts[1:]) for part in (w, w_kept, slots)]
         f = self.module[0](F.relu(h))  # used by all
         x = torch.zeros_like(f)  # module 0 has no shortcut
-        o = f.new_empty(sum(counts), f.shape[1])
-        tape = f.new_empty(sum(counts), 2, f.shape[1])
+        o = f.new_empty(sum(counts[:M]), f.shape[1])
+        tape = f.new_empty(sum(counts[:M]), 2, f.shape[1])
         before = slice(0, B)
         readers = [*self.module[1:], self.head]
         for module, w_i, w_kept_i, slots_i in zip(readers, w, w_kept, slots, strict=True):
@@ -361,7 +362,7 @@ class D2RNetwork(nn.Module):
 
 # -------------------------------------------------------------------------------------------------- soft actor-critic
 def side_by_side(*functions) -> list:
-    """Results of functions that do not need each other: in turn, or on parallel streams while a CUDA graph is captured."""
+    """Results of functions that do not need each other: in turn, or on parallel streams within a CUDA graph."""
     if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
         return [function() for function in functions]
     stream = torch.cuda.current_stream()
@@ -409,7 +410,7 @@ class Agent(nn.Module):
         self.optimizer = torch.optim.Adam(groups, lr=args.learning_rate, fused=True, capturable=cuda)
 
     def task_weights(self) -> Tensor:
-        """T softmax(-log alpha), (T,), of mean 1. A mastered task's policy is narrow, so its alpha rises."""
+        """T softmax(-log alpha), (T,), of mean 1. A mastered task keeps a high alpha, so it weighs less."""
         return len(self.log_alpha) * (-self.log_alpha.detach()).softmax(0)
 
     def temperature(self) -> Tensor | None:
@@ -445,7 +446,7 @@ class Agent(nn.Module):
         return self.args.reward_scale * reward + self.args.gamma * goes_on * next_value
 
     def critic_loss(self, obs, action, reward, next_obs, terminated, task) -> Tensor:
-        """sum_c (Q_c(s, a) - target)^2 of each task, (T,). Routes: Sample-K, from the critics' own logits."""
+        """sum_c (Q_c(s, a) - target)^2, mean of each task, (T,). Routes: Sample-K, from the critics' own logits."""
         target, q = side_by_side(
             lambda: self.td_target(reward, next_obs, terminated, task),
             lambda: self.q(self.critics, obs, action, task, self.temperature()),
@@ -453,8 +454,8 @@ class Agent(nn.Module):
         return ((q - target) ** 2).mean(-1).sum(0)
 
     def actor_loss(self, obs, routes, task) -> tuple[Tensor, Tensor]:
-        """alpha log pi(a|s) - min_c Q_c(s, a) of each task, (T,), and log pi(a|s), (T, n). Routes: the actor's are
-        replayed, weighted by today's logits; the critics' are Top-K."""
+        """alpha log pi(a|s) - min_c Q_c(s, a), mean of each task, (T,), and log pi(a|s), (T, n). Routes: the actor's
+        are replayed, weighted by today's logits; the critics' are Top-K."""
         action, log_prob = sample_action(self.actor(obs, task, routes=routes)[0])
         learning = [parameter for parameter in self.critics.parameters() if parameter.requires_grad]
         for parameter in learning:  # the actor's loss does not train the critics
@@ -468,7 +469,7 @@ class Agent(nn.Module):
         return (alpha * log_prob - q).mean(-1), log_prob
 
     def update(self, obs, action, reward, next_obs, terminated, routes) -> dict[str, Tensor]:
-        """One update of everything from (T * n, ...) of each, task by task. Returns each task's losses, (T,)."""
+        """One step on all losses. Arguments (T * n, ...), task by task. Returns the losses of each task, (T,)."""
         task = self.task.repeat_interleave(len(obs) // len(self.task))  # (B,)
         critic_loss, (actor_loss, log_prob) = side_by_side(
             lambda: self.critic_loss(obs, action, reward, next_obs, terminated, task),
@@ -644,7 +645,7 @@ def evaluate(agent: Agent, envs, tasks: list[str], number: int, stop: list) -> d
     obs, _ = envs.reset()
     T = len(tasks)
     E = len(obs) // T
-    # Each environment runs a fixed share of the episodes. The first `number` to end would be the short ones.
+    # Each environment runs a fixed share of the episodes; otherwise short ones, which end first, would be preferred.
     shares = number // E + (np.arange(E * T) // T < number % E)
     counts = np.zeros(E * T)
     episodes = Episodes(E * T, T)
@@ -806,7 +807,7 @@ def accelerate(agent: Agent):
 
 
 def train(args: Args, tasks: list[str], saved: dict | None, stop: list) -> None:
-    """Train until --total-steps, or until a signal is in `stop`; or --evaluate. Raises UsageError, RunError, OSError."""
+    """Train until --total-steps or a signal in `stop`; with --evaluate only evaluate. Raises the three errors of main."""
     T = len(tasks)
     run = Progress(**saved["progress"]) if args.resume else Progress()
     log = RunLog(args, tasks, run, saved) if RANK == 0 and not args.evaluate else None
@@ -864,7 +865,7 @@ def train(args: Args, tasks: list[str], saved: dict | None, stop: list) -> None:
                 evaluation_due = run.global_step >= next_evaluation
                 if evaluation_due or run.global_step // args.log_every > log.last.global_step // args.log_every:
                     metrics = {name: loss.tolist() for name, loss in losses.items()} | episodes.means("train_")
-                    metrics["alpha"] = agent.log_alpha.detach().exp().tolist()  # a live graph spoils a capture
+                    metrics["alpha"] = agent.log_alpha.detach().exp().tolist()  # autograd's graph spoils a capture
                     metrics["temperature"] = agent.temperature().tolist() if args.sample_k else []
                     episodes.ended = [[] for _ in tasks]
                     results = evaluate(agent, envs, tasks, args.eval_episodes, stop) if evaluation_due else {}
@@ -890,6 +891,7 @@ def train(args: Args, tasks: list[str], saved: dict | None, stop: list) -> None:
 
 
 # --------------------------------------------------------------------------------------------------- the command line
+# What numbers may be, where positive and finite is not enough; what a policy is made with, and a run besides.
 LIMITS = {"gamma": (0, 1), "tau": (0, 1), "initial_alpha": (1e-9, 1), "target_entropy": (-1e9, 1e9)}
 LIMITS |= {"episode_length": (1, 500), "envs_per_task": (1, 1000), "num_modules": (1, 256), "seed": (0, 2**31)}
 POLICY = ["env_id", "num_modules", "top_k", "routing", "parallel_modules"]
