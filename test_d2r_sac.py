@@ -497,6 +497,23 @@ def test_each_part_gets_the_gradient_of_its_own_loss_alone(max_task_loss, form):
         close(losses[name], loss.detach(), 1e-5)
 
 
+def test_the_routes_of_each_pass_of_an_update():
+    """Next action, target critics, critics in the actor's loss: Top-K. Regression: Sample-K. Actor's loss: replayed."""
+    agent, batch = small_agent()
+    networks, passes = (agent.actor, *agent.critics, *agent.target_critics), []
+    for network in networks:
+
+        def seen(network, inputs, options, output):
+            assert options.get("temperature") is None or torch.equal(options["temperature"], agent.temperature())
+            kind = "top-k" if options.get("temperature") is None else "sample-k"
+            passes.append((network, "replayed" if options.get("routes") is batch[-1] else kind))
+
+        network.register_forward_hook(seen, with_kwargs=True)
+    agent.update(*batch)
+    kinds = [[kind for passed, kind in passes if passed is network] for network in networks]
+    assert kinds == [["top-k", "replayed"], *2 * [["sample-k", "top-k"]], *2 * [["top-k"]]]
+
+
 def test_update_clips_clamps_and_averages():
     agent, batch = small_agent(tau=0.25, alpha_learning_rate=0.5, max_grad_norm=0.01, target_entropy=10.0)
     for _ in range(5):
@@ -1042,7 +1059,9 @@ def test_kill_and_signals(tmp_path, pendulums):
     assert_ended(workers)
 
 
-def test_a_signal_during_an_evaluation(tmp_path, pendulums, monkeypatch):
+@pytest.mark.parametrize("total", [60, 120])
+def test_a_signal_during_an_evaluation(tmp_path, pendulums, monkeypatch, total):
+    """The first evaluation, with total 60 the last one, too: a resume makes up for it, after its next step."""
     evaluate = d2r.evaluate
 
     def interrupted(agent, *arguments):
@@ -1052,12 +1071,12 @@ def test_a_signal_during_an_evaluation(tmp_path, pendulums, monkeypatch):
         return {}
 
     monkeypatch.setattr(d2r, "evaluate", interrupted)
-    assert run(tmp_path, f"{TWO_TASKS} --total-steps 120 --eval-every 60 --log-every 20") == 0
+    assert run(tmp_path, f"{TWO_TASKS} --total-steps {total} --eval-every 60 --log-every 20") == 0
     assert steps(tmp_path / "run") == [20, 40]
     assert d2r.main(["--resume", str(tmp_path / "run")]) == 0
-    # The evaluation that was due at 60 comes after the next step.
-    assert steps(tmp_path / "run") == [20, 40, 62, 80, 100, 120]
-    assert [bool(r["return"]) for r in progress(tmp_path / "run")] == [False, False, True, False, False, True]
+    assert steps(tmp_path / "run") == [20, 40, 62, 80, 100, 120][: total // 20]
+    evaluated = [bool(record["return"]) for record in progress(tmp_path / "run")]
+    assert evaluated == [False, False, True, False, False, True][: total // 20]
 
 
 def test_a_dead_worker_ends_the_run(tmp_path, pendulums):
