@@ -3,7 +3,7 @@
 
     python results/speed.py                      MT10, batch 1280 and, on a CPU, 320
     python results/speed.py --mt50               MT50, batch 6400
-    python results/speed.py --before FILE        in turns with FILE, the d2r_sac.py of commit 10ccb2b
+    python results/speed.py --before FILE        updates and acting, in turns with FILE, an earlier d2r_sac.py
 
 On a CPU what is compared takes turns, in a new order each round, of six calls, the first of which does not count. On a
 GPU each form has a process of its own: torch.compile leaves a function uncompiled after eight forms. The loop runs with
@@ -87,12 +87,12 @@ def matrix_products(args, T, device, used=None):
 
 
 def make_agent(env_id, batch_size, device, module=d2r, all_modules=False, eager=False, **changes):
-    """A fresh agent of d2r_sac.py, or of the one before: its update and act, with a batch of its own routes."""
+    """A fresh agent of a d2r_sac.py: its update and act, with a batch of its own routes."""
     args, tasks, _ = module.parse_arguments(["--env-id", env_id, "--batch-size", str(batch_size)])
     vars(args).update(changes)
-    T, before = len(tasks), module is not d2r
+    T = len(tasks)
     torch.manual_seed(0)
-    agent = module.Agent(args, tasks, OBS, ACTION, device) if before else d2r.Agent(OBS, ACTION, T, args, device)
+    agent = module.Agent(OBS, ACTION, T, args, device)
     if all_modules:  # every module takes the one before as a source
         last = torch.tensor([i * (i + 3) // 2 for i in range(args.num_modules)])
         for network in (agent.actor, *agent.critics, *agent.target_critics):
@@ -108,9 +108,7 @@ def make_agent(env_id, batch_size, device, module=d2r, all_modules=False, eager=
         _, routes = agent.actor(batch[0], task, temperature=torch.ones(T, device=device))
     batch.append(routes.to(torch.uint8))
     observations = np.random.default_rng(0).normal(size=(T, OBS)).astype(np.float32)
-    if before:
-        return agent, lambda: agent.update(module.Transition(*batch)), lambda: agent.act(observations)
-    act, update = (agent.act, agent.update) if eager else d2r.accelerate(agent)
+    act, update = (agent.act, agent.update) if eager else module.accelerate(agent)
     return agent, lambda: update(*batch), lambda: act(torch.as_tensor(observations, device=device))[0].cpu().numpy()
 
 
@@ -159,10 +157,9 @@ def updates_and_acting(env_id, batch_size, device, before) -> float:
         return on_gpu(env_id, batch_size)
     variants = {"eager": {}, "every module used": {"all_modules": True}}
     if before:
-        variants["at commit 10ccb2b"] = {"module": before}
-        variants["every module used, at commit 10ccb2b"] = {"module": before, "all_modules": True}
-        order = "eager", "at commit 10ccb2b", "every module used", "every module used, at commit 10ccb2b"
-        variants = {name: variants[name] for name in order}
+        now, variants = variants, {}
+        for name, changes in now.items():
+            variants |= {name: changes, f"{name}, before": changes | {"module": before}}
     agents = {name: make_agent(env_id, batch_size, device, **changes) for name, changes in variants.items()}
     agent, update, _ = agents["eager"]
     T, floors, used = len(agent.task), {}, samples_used(update)
@@ -196,8 +193,8 @@ def updates_and_acting(env_id, batch_size, device, before) -> float:
             row(f"{name}: {T} tasks, after an update", ms)
     if before:
         for now, then in pairwise(times):
-            if then.endswith("at commit 10ccb2b"):
-                row(f"{now}, compared with then", f"{medians[now] / medians[then]:.3f}")
+            if then == f"{now}, before":
+                row(f"{now}, compared with before", f"{medians[now] / medians[then]:.3f}")
     return medians["eager"]
 
 
@@ -351,15 +348,17 @@ def measure(env_id, batch_size, device, before) -> None:
                     print(f"{E} environments per task: {run['gpu']:.2f} GB on the GPU", file=sys.stderr)
                 elif E == 1:
                     beyond = [100 * (T / median / max(longer, step) - 1) for longer in (update, run["update"])]
-                    text = "the loop beyond the longer of the environments and an update: {:+.0f} % alone, {:+.0f} % its own"
-                    print(text.format(*beyond), file=sys.stderr)
+                    text = "{:+.0f} % (alone), {:+.0f} % (in the loop)".format(*beyond)
+                    print(f"the loop beyond the longer of the environments and an update: {text}", file=sys.stderr)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mt50", action="store_true", help="MT50 at batch 6400 instead of MT10 at 1280 and 320")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--before", help="the d2r_sac.py of commit 10ccb2b: time its update and acting beside ours")
+    parser.add_argument(
+        "--before", help="an earlier d2r_sac.py, from ac2079e on: time its update and acting beside ours"
+    )
     options = parser.parse_args()
     device, before = torch.device(options.device), None
     if device.type == "cuda":
