@@ -266,7 +266,7 @@ class MixSources(torch.autograd.Function):
         grad_w = (picked * (grad_own + grad_shortcut)).sum(-1)
         grad_o = w_kept[..., None] * grad_own[:, None]  # (B_i, K, 2, H)
         grad_o.addcmul_(w[..., None, None], grad_shortcut[:, None])
-        # In place: nobody else holds the tape's gradient.
+        # In place: it changes only slots of modules before i, whose gradients nobody has read yet.
         grad_tape.index_add_(0, slots.flatten(), grad_o.flatten(0, 1))
         grad_f, grad_x = grad_tape[ctx.before].unbind(1)  # all readers of the module before are done
         return grad_tape, None, grad_f, grad_x, None, grad_w, None, None
@@ -634,8 +634,8 @@ class CUDAGraph:
 
 
 def evaluate(agent: Agent, envs, tasks: list[str], number: int, stop: list) -> dict[str, tuple]:
-    """Run `number` episodes of each task, deterministically. Prints and returns success, return and modules used, the
-    last over all steps, of each task. Returns {} once a signal is in `stop`."""
+    """Run `number` episodes of each task, deterministically. Prints and returns each task's success, return, and
+    modules used, averaged over all steps. Returns {} once a signal is in `stop`."""
 
     @CUDAGraph
     def act(obs):
