@@ -12,23 +12,21 @@ Difficult: Multi-Task Deep Reinforcement Learning with Dynamic Depth Routing", A
     routing weights      w_ij = softmax of z_ij over the chosen sources j                   routing_weights
     depth                number of modules that the chosen edges connect to the head        used_modules
     routing granularity  the sources that a module may choose from                          allowed_sources
-    base modules         f_i = relu(W_i x_i + b_i), o_i = f_i + x_i; o_0 = f_0(relu(h))     BaseModule, BaseModules
+    base modules         f_i = relu(W_i x_i + b_i), o_i = f_i + x_i; o_0 = f_0(relu(h))     BaseModule, D2RNetwork
     wiring               x_i = sum_j w_ij o_j                                               MixSources
     ResRouting           unlikely edges read o_j as stop_gradient(f_j) + x_j                gradient_kept, MixSources
     soft actor-critic    losses and alpha of each task; their weights, as for balancing     Agent.update
     route balancing      temperature of a task = T softmax(-log alpha)                      Agent.temperature
 
-T tasks, M modules, H module width, K sources, B samples in a batch, n = B / T samples of each task, E environments of
-each task. Modules are 0 ... M-1; the head counts as module M. Module i may take modules 0 ... i-1 as sources. Tables
+T tasks, M modules, H module width, K sources, B samples in a batch, n = B / T of each task, E environments of each
+task; of the E T environments number i runs task i % T. Modules are 0 ... M-1, the head counts as module M. Tables
 (B, M, M) and routes (B, M, K) have a row for each of the modules 1 ... M: row r belongs to module r + 1. Forbidden
-edges have logit -inf. Of the E T environments number i runs task i % T.
+edges have logit -inf.
 `# NOTE:` marks where paper, authors' code and this file differ, or where the code settles what the paper leaves open.
 """
 
 import copy
 import csv
-import difflib
-import importlib.metadata
 import json
 import math
 import multiprocessing
@@ -39,10 +37,13 @@ import sys
 import time
 import zipfile
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
 from functools import partial
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import gymnasium as gym
@@ -70,8 +71,8 @@ class Args:
     total_steps: int | None = None  # environment steps (MT10 15M, MT50 50M, else 1.5M per task)
     buffer_size: int | None = None  # transitions (MT10 1M, MT50 10M, else 100,000 per task)
     batch_size: int | None = None  # samples of an update, equally many of each task (128 each)
-    learning_starts: int | None = None  # environment steps before the first update (4,000 per task)
-    eval_every: int | None = None  # environment steps between evaluations (a hundredth of the run, or more)
+    learning_starts: int | None = None  # environment steps before updates begin (4,000 per task)
+    eval_every: int | None = None  # environment steps between evaluations (a 100th of the run)
     eval_episodes: int = 32  # episodes of each task in an evaluation
     # Networks and routing
     num_modules: int = 16  # M, base modules of a network
@@ -79,8 +80,8 @@ class Args:
     routing: Literal["module", "layer", "model"] = "module"  # granularity; see allowed_sources
     parallel_modules: int = 4  # P, width of a layer, or number of chains; for layer or model
     module_width: int = 128  # H, width of a base module
-    encoder_widths: tuple[int, ...] = (400, 400)  # of the observation encoder; the last also of the task encoder
-    router_widths: tuple[int, ...] = (256, 256)  # of the hidden layers that follow, up to the routing logits
+    encoder_widths: tuple[int, ...] = (400, 400)  # of the encoders; the task's has the last only
+    router_widths: tuple[int, ...] = (256, 256)  # of the layers that follow, up to the logits
     resrouting: bool = True  # ResRouting; without it gradients reach all chosen modules
     route_balancing: bool = True  # without it every task samples routes at temperature 1
     sample_k: bool = True  # in acting and the critics' regression; without it Top-K
@@ -108,17 +109,11 @@ class Args:
     tensorboard: bool = True  # write TensorBoard events, where it is installed
 
 
-class UsageError(Exception):
-    """A mistake of the user. The message says what to write instead."""
-
-
-class RunError(Exception):
-    """Something that ends a run. The message says what."""
-
-
 def check(condition, message: str) -> None:
+    """Ends the program, as argparse does, where the user has made a mistake. The message says what to write instead."""
     if not condition:
-        raise UsageError(message)
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
 
 
 # ======================================================================================================================
@@ -147,12 +142,11 @@ class RoutingNetwork(nn.Module):
 
     def __init__(self, input_dim, num_tasks, allowed, encoder_widths, router_widths):
         super().__init__()
-        width = encoder_widths[-1]
         self.M = len(allowed)
         self.obs_encoder = mlp((input_dim, *encoder_widths))
-        self.task_encoder = init(nn.Linear(num_tasks, width))
-        # NOTE: as in the authors' code the router's last layer is initialised as a hidden one, not as a head.
-        self.router = mlp((width, *router_widths, int(allowed.sum())))
+        self.task_encoder = init(nn.Linear(num_tasks, encoder_widths[-1]))
+        # NOTE: the authors initialise the router's last layer as a hidden one, too.
+        self.router = mlp((encoder_widths[-1], *router_widths, int(allowed.sum())))
         self.register_buffer("one_hot", torch.eye(num_tasks), persistent=False)
         self.register_buffer("edges", allowed.flatten().nonzero().squeeze(1), persistent=False)
 
@@ -174,7 +168,6 @@ def top_k(logits: Tensor, K: int) -> Tensor:
 
 def sample_k(logits: Tensor, K: int) -> Tensor:
     """K draws without replacement from the softmax of each row: (B, M, M) -> routes (B, M, K).
-
     An untrained router would otherwise always choose the same few sources, and never try the others."""
     uniform = torch.rand_like(logits).clamp_(min=torch.finfo(logits.dtype).tiny)
     gumbel = -(-uniform.log()).log()
@@ -183,7 +176,6 @@ def sample_k(logits: Tensor, K: int) -> Tensor:
 
 def routing_weights(logits: Tensor, routes: Tensor) -> Tensor:
     """Softmax of the logits over the chosen sources, each counted once: (B, M, M), (B, M, K) -> (B, M, K).
-
     The temperature of Sample-K has no part in it: it changes which sources are tried, not how they are mixed."""
     same = routes[..., :, None] == routes[..., None, :]
     repeated = same.tril(-1).any(-1)
@@ -192,9 +184,8 @@ def routing_weights(logits: Tensor, routes: Tensor) -> Tensor:
 
 def gradient_kept(logits: Tensor) -> Tensor:
     """ResRouting: true for the edges that today's routing is likely to take, p_ij > 1 / (i + 1). (B, M, M).
-
-    p_i is the softmax of module i's logits, at temperature 1 and over all the sources it may choose from."""
-    num_sources = (logits > -torch.inf).sum(-1, keepdim=True, dtype=logits.dtype)  # i, in D2R itself
+    p_i is the softmax of module i's logits, at temperature 1, over the i sources that it may choose from."""
+    num_sources = (logits > -torch.inf).sum(-1, keepdim=True, dtype=logits.dtype)  # i
     return logits.softmax(-1) > 1 / (num_sources + 1)
 
 
@@ -211,18 +202,17 @@ def used_modules(routes: Tensor) -> Tensor:
 
 def allowed_sources(M: int, routing: str, P: int) -> Tensor:
     """Routing granularity: (M, M) bool, row r: the sources that module r + 1 may choose from. Raises ValueError.
-
     module: all earlier ones. layer: all modules of the layer before, in layers of P. model: the module before in one
     of P chains; only the head chooses, among the ends of the chains. With M = 6 and P = 2:
 
         layer:  0   2   4            model:  0 - 2 - 4            Module 0 reads the state's embedding, and
                 | X   X   > head             |         > head     is the source of modules 1 ... P-1.
-                1   3   5                    1 - 3 - 5
-    """
+                1   3   5                    1 - 3 - 5"""
     # NOTE: the paper compares these three; the authors' code has the first only, the others are our reading.
     if routing != "module" and not (1 <= P <= M and M % P == 0):
         raise ValueError(f"num_modules, {M}, must be a multiple of parallel_modules, {P}")
-    i, j = torch.arange(1, M + 1)[:, None], torch.arange(M)
+    i = torch.arange(1, M + 1)[:, None]
+    j = torch.arange(M)
     if routing == "module":
         return j < i
     previous = j // P == i // P - 1 if routing == "layer" else j == i - P
@@ -233,18 +223,16 @@ def allowed_sources(M: int, routing: str, P: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------------- base modules
 class MixSources(torch.autograd.Function):
     """x_i = sum_j w_ij o_j with the gradients of ResRouting.
-
     The actor's replayed routes were chosen by an older policy, the critics' are drawn at a temperature: today's routing
     would hardly send some of these samples to module j, so they should not train it. Where edge (i, j) is not kept (see
     gradient_kept), module i reads o_j = f_j + x_j as stop_gradient(f_j) + x_j: f_j is not trained, but the modules
-    before it are. The residual shortcut from x_i to o_i is never blocked. With g_i the gradient of what module i reads,
-    and grad x_i that of the shortcut:
+    before it are. The shortcut from x_i to o_i is never blocked. With g_i the gradient of what module i reads, and
+    grad x_i that of the shortcut:
 
         grad f_j = sum_i w_ij (kept_ij g_i + grad x_i)      grad x_j = sum_i w_ij (g_i + grad x_i)
 
-    All outputs lie in one tensor o (S, H), a slot for each module and sample. The tape (S, 2, H) has no values. It runs
-    through all mixings, so its gradient runs back through them, and collects these sums: grad f_j in [:, 0], grad x_j
-    in [:, 1]."""
+    All outputs lie in one tensor o (S, H), a slot for each module and sample. The tape (S, 2, H) has no values: it runs
+    through all mixings, so that its gradient, on the way back, collects grad f_j in [:, 0] and grad x_j in [:, 1]."""
 
     @staticmethod
     def forward(ctx, tape, o, f, x, before, w, w_kept, slots):
@@ -262,13 +250,12 @@ class MixSources(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_tape, grad_own, grad_shortcut):
         w, w_kept, slots, picked = ctx.saved_tensors
-        grad_own, grad_shortcut = grad_own[:, None], grad_shortcut[:, None]  # g_i, grad x_i: (B_i, 1, H)
-        grad_w = (picked * (grad_own + grad_shortcut)).sum(-1)
-        grad_o = w_kept[..., None] * grad_own[:, None]  # (B_i, K, 2, H)
-        grad_o.addcmul_(w[..., None, None], grad_shortcut[:, None])
+        grad_w = (picked * (grad_own + grad_shortcut)[:, None]).sum(-1)
+        grad_o = w_kept[..., None] * grad_own[:, None, None]  # g_i: (B_i, K, 2, H)
+        grad_o.addcmul_(w[..., None, None], grad_shortcut[:, None, None])  # grad x_i
         # In place: it changes only slots of modules before i, whose gradients nobody has read yet.
         grad_tape.index_add_(0, slots.flatten(), grad_o.flatten(0, 1))
-        grad_f, grad_x = grad_tape[ctx.before].unbind(1)  # all readers of the module before are done
+        grad_f, grad_x = grad_tape[ctx.before].unbind(1)  # complete: all its readers are done
         return grad_tape, None, grad_f, grad_x, None, grad_w, None, None
 
 
@@ -284,57 +271,9 @@ class BaseModule(nn.Linear):
         return F.relu(super().forward(x))
 
 
-class BaseModules(nn.Module):
-    """M modules and a head, each fed by the sources that its row of the routes names.
-
-    On a CPU a module is computed only for the samples that use it; on a GPU for all, since shapes must be static."""
-
-    def __init__(self, embedding_dim, output_dim, num_modules, width, resrouting, make_module):
-        super().__init__()
-        self.resrouting = resrouting
-        widths = [embedding_dim] + [width] * num_modules
-        self.module = nn.ModuleList(make_module(a, b) for a, b in pairwise(widths))
-        self.head = init(nn.Linear(width, output_dim), head=True)
-
-    def forward(self, h: Tensor, logits: Tensor, routes: Tensor) -> Tensor:
-        """h (B, embedding_dim), logits (B, M, M), routes (B, M, K) -> (B, output_dim). On a CPU raises ValueError."""
-        B, M, _ = routes.shape
-        logits = logits.transpose(0, 1)  # (M, B, M)
-        sources = routes.transpose(0, 1).contiguous().long()  # (M, B, K)
-        w = routing_weights(logits, sources)
-        w_own = w
-        if self.resrouting and torch.is_grad_enabled():
-            w_own = w * gradient_kept(logits).gather(-1, sources)
-        w_kept = torch.stack([w_own, w], dim=-1).detach()
-        slots = sources * B + torch.arange(B, device=h.device)[:, None]  # of module j and sample b: j B + b
-        counts = [B] * (M + 1)  # samples for which each module, and the head, is computed
-        read = slice(None)
-        if h.is_cpu and not torch.compiler.is_compiling():
-            if (logits.gather(-1, sources) == -torch.inf).any():
-                raise ValueError("routes: a module takes a source that it may not choose, as one that comes later")
-            used = F.pad(used_modules(routes), (0, 1), value=True).T  # (M + 1, B)
-            counts = used.sum(1).tolist()
-            slots = (used.flatten().cumsum(0) - 1)[slots]  # only used outputs have a slot
-            read = used[1:].flatten().nonzero().squeeze(1)
-        w, w_kept, slots = [part.flatten(0, 1)[read].split(counts[1:]) for part in (w, w_kept, slots)]
-        f = self.module[0](F.relu(h))  # used by all
-        x = torch.zeros_like(f)  # module 0 has no shortcut
-        o = f.new_empty(sum(counts[:M]), f.shape[1])
-        tape = f.new_empty(sum(counts[:M]), 2, f.shape[1])
-        before = slice(0, B)
-        readers = [*self.module[1:], self.head]
-        for module, w_i, w_kept_i, slots_i in zip(readers, w, w_kept, slots, strict=True):
-            tape, own, x = MixSources.apply(tape, o, f, x, before, w_i, w_kept_i, slots_i)
-            f = module(own)
-            before = slice(before.stop, before.stop + len(own))
-        return f
-
-
 class D2RNetwork(nn.Module):
-    """A routing network with its base modules: an actor (output: mean and log std), a critic (output: Q), or any other.
-
-    top_k 0: soft routing over all that a module may choose. routing, parallel_modules: see allowed_sources.
-    make_module(width_in, width_out): makes a base module."""
+    """A routing network and its base modules: an actor (output: mean and log std), a critic (output: Q), or any other.
+    top_k 0: soft routing over all allowed sources. make_module(width_in, width_out): makes a base module."""
 
     def __init__(self, input_dim, output_dim, num_tasks, num_modules=16, top_k=2, module_width=128,
                  encoder_widths=(400, 400), router_widths=(256, 256), resrouting=True, routing="module",
@@ -343,21 +282,57 @@ class D2RNetwork(nn.Module):
         if not 0 <= top_k <= num_modules:
             raise ValueError(f"top_k, {top_k}, must lie between 0 and num_modules, {num_modules}")
         self.K = top_k or num_modules
+        self.resrouting = resrouting
         allowed = allowed_sources(num_modules, routing, parallel_modules)
-        width = encoder_widths[-1]
         self.routing_network = RoutingNetwork(input_dim, num_tasks, allowed, encoder_widths, router_widths)
-        self.base_modules = BaseModules(width, output_dim, num_modules, module_width, resrouting, make_module)
+        widths = [encoder_widths[-1]] + [module_width] * num_modules
+        modules = nn.ModuleList(make_module(a, b) for a, b in pairwise(widths))
+        head = init(nn.Linear(module_width, output_dim), head=True)
+        self.base_modules = nn.ModuleDict({"module": modules, "head": head})
 
     def forward(self, inputs: Tensor, task: Tensor, routes=None, temperature=None):
         """inputs (B, input_dim), task (B,) indices -> output (B, output_dim), routes (B, M, K).
-
         Routes are those given, else Sample-K's if temperature (T,) is given, else Top-K's."""
         h, logits = self.routing_network(inputs, task)
         if routes is None and temperature is None:
             routes = top_k(logits, self.K)
         elif routes is None:
             routes = sample_k(logits / temperature[task, None, None], self.K)
-        return self.base_modules(h, logits, routes), routes
+        return self.run_modules(h, logits, routes), routes
+
+    def run_modules(self, h: Tensor, logits: Tensor, routes: Tensor) -> Tensor:
+        """h (B, encoder_widths[-1]), logits (B, M, M), routes (B, M, K) -> output. On a CPU raises ValueError.
+        On a CPU a module is computed only for the samples that use it; on a GPU for all, since shapes must be static."""
+        B, M, _ = routes.shape
+        logits = logits.transpose(0, 1)  # (M, B, M)
+        sources = routes.transpose(0, 1).contiguous().long()  # (M, B, K)
+        w = routing_weights(logits, sources)
+        w_own = w
+        if self.resrouting and torch.is_grad_enabled():
+            w_own = w * gradient_kept(logits).gather(-1, sources)
+        w_kept = torch.stack([w_own, w], dim=-1).detach()
+        slots = sources * B + torch.arange(B, device=h.device)[:, None]  # j B + b
+        counts = [B] * (M + 1)  # samples for which each module, and the head, is computed
+        read = slice(None)
+        if h.is_cpu and not torch.compiler.is_compiling():
+            if (logits.gather(-1, sources) == -torch.inf).any():
+                raise ValueError("routes: a module takes a source that it may not choose")
+            used = F.pad(used_modules(routes), (0, 1), value=True).T  # (M + 1, B)
+            counts = used.sum(1).tolist()
+            slots = (used.flatten().cumsum(0) - 1)[slots]  # only used outputs have a slot
+            read = used[1:].flatten().nonzero().squeeze(1)
+        w, w_kept, slots = [t.flatten(0, 1)[read].split(counts[1:]) for t in (w, w_kept, slots)]
+        first, *readers = [*self.base_modules.module, self.base_modules.head]
+        f = first(F.relu(h))  # used by all
+        x = torch.zeros_like(f)  # module 0 has no shortcut
+        o = f.new_empty(sum(counts[:M]), f.shape[1])
+        tape = f.new_empty(sum(counts[:M]), 2, f.shape[1])
+        before = slice(0, B)
+        for module, w_i, w_kept_i, slots_i in zip(readers, w, w_kept, slots, strict=True):
+            tape, own, x = MixSources.apply(tape, o, f, x, before, w_i, w_kept_i, slots_i)
+            f = module(own)
+            before = slice(before.stop, before.stop + len(own))
+        return f
 
 
 # -------------------------------------------------------------------------------------------------- soft actor-critic
@@ -388,26 +363,29 @@ def sample_action(output: Tensor) -> tuple[Tensor, Tensor]:
     return u.tanh(), (log_prob - log_slope).sum(-1)
 
 
+NETWORK = ["num_modules", "top_k", "module_width", "encoder_widths", "router_widths", "routing"]
+NETWORK += ["parallel_modules", "resrouting"]  # options of Args and of D2RNetwork
+
+
 class Agent(nn.Module):
     """Actor, critics, target critics, log alpha and their optimizer. args: Args, or any object with its attributes."""
 
     def __init__(self, obs_dim: int, action_dim: int, num_tasks: int, args, device="cpu"):
         super().__init__()
-        names = "num_modules", "top_k", "module_width", "encoder_widths", "router_widths"
-        names += "resrouting", "routing", "parallel_modules"
-        options = {name: getattr(args, name) for name in names}
+        options = {name: getattr(args, name) for name in NETWORK}
         self.args = args
         self.actor = D2RNetwork(obs_dim, 2 * action_dim, num_tasks, **options)
-        self.critics = nn.ModuleList(D2RNetwork(obs_dim + action_dim, 1, num_tasks, **options) for _ in range(2))
+        critics = [D2RNetwork(obs_dim + action_dim, 1, num_tasks, **options) for _ in range(2)]
+        self.critics = nn.ModuleList(critics)
         self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.full((num_tasks,), math.log(args.initial_alpha)))
         self.register_buffer("task", torch.arange(num_tasks), persistent=False)
         self.target_entropy = -action_dim if args.target_entropy is None else args.target_entropy
         self.to(device)
-        groups = [{"params": list(network.parameters())} for network in (self.actor, *self.critics)]
-        groups.append({"params": [self.log_alpha], "lr": args.alpha_learning_rate})
-        cuda = self.task.is_cuda
-        self.optimizer = torch.optim.Adam(groups, lr=args.learning_rate, fused=True, capturable=cuda)
+        groups = [{"params": list(network.parameters())} for network in (self.actor, *critics)]
+        groups += [{"params": [self.log_alpha], "lr": args.alpha_learning_rate}]
+        on_gpu = self.task.is_cuda
+        self.optimizer = torch.optim.Adam(groups, args.learning_rate, fused=True, capturable=on_gpu)
 
     def task_weights(self) -> Tensor:
         """T softmax(-log alpha), (T,), of mean 1. A mastered task keeps a high alpha, so it weighs less."""
@@ -415,17 +393,18 @@ class Agent(nn.Module):
 
     def temperature(self) -> Tensor | None:
         """Route balancing: each task's temperature of Sample-K, (T,). None: Top-K.
-
         It is low for mastered tasks, whose routes settle, and high for the others, which go on exploring routes."""
         if not self.args.sample_k:
             return None
-        return self.task_weights() if self.args.route_balancing else torch.ones_like(self.log_alpha)
+        weights = self.task_weights()
+        return weights if self.args.route_balancing else torch.ones_like(weights)
 
     @torch.no_grad()
     def act(self, obs: Tensor, deterministic: bool = False) -> tuple[Tensor, Tensor]:
         """obs (E * T, obs_dim) -> actions (E * T, A), routes (E * T, M, K). Deterministic: tanh(mean) and Top-K."""
         task = self.task.repeat(len(obs) // len(self.task))
-        output, routes = self.actor(obs, task, temperature=None if deterministic else self.temperature())
+        temperature = None if deterministic else self.temperature()
+        output, routes = self.actor(obs, task, temperature=temperature)
         action = output.chunk(2, dim=-1)[0].tanh() if deterministic else sample_action(output)[0]
         return action, routes
 
@@ -442,8 +421,8 @@ class Agent(nn.Module):
         next_action, log_prob = sample_action(self.actor(next_obs, task)[0])
         next_q = self.q(self.target_critics, next_obs, next_action, task).amin(0)
         next_value = next_q - self.log_alpha.exp()[:, None] * log_prob.view_as(next_q)
-        reward, goes_on = reward.view_as(next_q), ~terminated.view_as(next_q)
-        return self.args.reward_scale * reward + self.args.gamma * goes_on * next_value
+        future = self.args.gamma * ~terminated * next_value.flatten()
+        return (self.args.reward_scale * reward + future).view_as(next_q)
 
     def critic_loss(self, obs, action, reward, next_obs, terminated, task) -> Tensor:
         """sum_c (Q_c(s, a) - target)^2, mean of each task, (T,). Routes: Sample-K, from the critics' own logits."""
@@ -457,13 +436,13 @@ class Agent(nn.Module):
         """alpha log pi(a|s) - min_c Q_c(s, a), mean of each task, (T,), and log pi(a|s), (T, n). Routes: the actor's
         are replayed, weighted by today's logits; the critics' are Top-K."""
         action, log_prob = sample_action(self.actor(obs, task, routes=routes)[0])
-        learning = [parameter for parameter in self.critics.parameters() if parameter.requires_grad]
-        for parameter in learning:  # the actor's loss does not train the critics
-            parameter.requires_grad_(False)
+        trained = [p for p in self.critics.parameters() if p.requires_grad]
+        for p in trained:  # the actor's loss does not train the critics
+            p.requires_grad_(False)
         # NOTE: ResRouting also holds here, for the gradient to the action, as in the authors' code.
         q = self.q(self.critics, obs, action, task).amin(0)
-        for parameter in learning:
-            parameter.requires_grad_(True)
+        for p in trained:
+            p.requires_grad_(True)
         log_prob = log_prob.view_as(q)
         alpha = self.log_alpha.detach().exp()[:, None]
         return (alpha * log_prob - q).mean(-1), log_prob
@@ -476,11 +455,8 @@ class Agent(nn.Module):
             lambda: self.actor_loss(obs, routes, task),
         )
         weight = self.task_weights()
-        losses = {
-            "critic_loss": weight * critic_loss,
-            "actor_loss": weight * actor_loss,
-            "alpha_loss": -self.log_alpha * (log_prob.detach() + self.target_entropy).mean(-1),
-        }
+        losses = {"critic_loss": weight * critic_loss, "actor_loss": weight * actor_loss}
+        losses["alpha_loss"] = -self.log_alpha * (log_prob.detach() + self.target_entropy).mean(-1)
         # NOTE: only in the authors' code, after PaCo: a task whose loss exceeds the limit is left out.
         total = sum(losses.values())
         loss = torch.where(total > self.args.max_task_loss, 0.0, total).mean()
@@ -497,41 +473,39 @@ class Agent(nn.Module):
         self.optimizer.step()
         with torch.no_grad():
             self.log_alpha.clamp_(max=0)  # NOTE: only in the authors' code.
-            torch._foreach_lerp_([*self.target_critics.parameters()], [*self.critics.parameters()], self.args.tau)
+            critics = list(self.critics.parameters())
+            torch._foreach_lerp_(list(self.target_critics.parameters()), critics, self.args.tau)
         return {name: loss.detach() for name, loss in losses.items()}
 
 
 # ======================================================================================================================
 # ------------------------------------------------------------------------------------------------------- replay buffer
 class ReplayBuffer:
-    """A ring per task, in preallocated tensors (capacity, T, ...). capacity is a multiple of E."""
+    """A ring of transitions in preallocated tensors. Row r is of task r % T; capacity is a multiple of E T."""
 
     def __init__(self, capacity, T, obs_dim, action_dim, M, K, device):
-        self.capacity = capacity
-        self.size, self.position = 0, 0
+        self.T = T
+        self.size = 0
+        self.position = 0
         self.widths = obs_dim, action_dim, 1, obs_dim, 1  # of what add takes
-        self.transitions = torch.empty(capacity, T, sum(self.widths), device=device)
-        self.routes = torch.empty(capacity, T, M, K, dtype=torch.uint8, device=device)  # M <= 256
+        self.transitions = torch.empty(capacity, sum(self.widths), device=device)
+        self.routes = torch.empty(capacity, M, K, dtype=torch.uint8, device=device)  # M <= 256
 
     def add(self, obs, action, reward, next_obs, terminated, routes) -> None:
         """Store a step of E T environments, (E * T, ...) each. next_obs: where an episode ended, its last one."""
-        columns = [obs, action, reward[:, None], next_obs, terminated[:, None]]
-        step = torch.as_tensor(np.concatenate(columns, axis=1, dtype=np.float32))
-        T = self.routes.shape[1]
-        E = len(step) // T
-        places = slice(self.position, self.position + E)
-        self.transitions[places].copy_(step.unflatten(0, (E, T)), non_blocking=True)
-        self.routes[places] = routes.unflatten(0, (E, T))
-        self.position = (self.position + E) % self.capacity
-        self.size = min(self.size + E, self.capacity)
+        step = np.column_stack([obs, action, reward, next_obs, terminated]).astype(np.float32)
+        rows = slice(self.position, self.position + len(step))
+        self.transitions[rows].copy_(torch.as_tensor(step), non_blocking=True)
+        self.routes[rows] = routes
+        self.position = rows.stop % len(self.routes)
+        self.size = max(self.size, rows.stop)
 
     def sample(self, n: int) -> tuple[Tensor, ...]:
         """n transitions of each task, uniformly with replacement: as given to add, (T * n, ...), task by task."""
-        T = self.routes.shape[1]
-        place = torch.randint(self.size, (T, n), device=self.routes.device)
-        index = (place * T + torch.arange(T, device=place.device)[:, None]).flatten()
-        obs, action, reward, next_obs, terminated = self.transitions.flatten(0, 1)[index].split(self.widths, dim=1)
-        return obs, action, reward[:, 0], next_obs, terminated[:, 0] > 0, self.routes.flatten(0, 1)[index]
+        steps = torch.randint(self.size // self.T, (self.T, n), device=self.routes.device)
+        rows = (steps * self.T + torch.arange(self.T, device=steps.device)[:, None]).flatten()
+        obs, action, reward, next_obs, terminated = self.transitions[rows].split(self.widths, dim=1)
+        return obs, action, reward[:, 0], next_obs, terminated[:, 0] > 0, self.routes[rows]
 
 
 # -------------------------------------------------------------------------------------------------------- environments
@@ -540,13 +514,13 @@ BUDGETS = {"MT10": (1_500_000, 100_000), "MT25": (1_500_000, 100_000), "MT50": (
 
 
 def task_names(env_id: str) -> list[str]:
-    """The tasks of --env-id, in the order of their indices. Raises UsageError."""
+    """The tasks of --env-id, in the order of their indices."""
     if env_id in BUDGETS:
         return list(getattr(metaworld.env_dict, f"{env_id}_V3"))
     tasks = env_id.split(",")
-    known = list(metaworld.env_dict.ALL_V3_ENVIRONMENTS)
+    known = metaworld.env_dict.ALL_V3_ENVIRONMENTS
     for task in tasks:
-        near = ", ".join(difflib.get_close_matches(task, [*BUDGETS, *known], cutoff=0))
+        near = ", ".join(get_close_matches(task, [*BUDGETS, *known], cutoff=0))
         valid = task in known and tasks.count(task) == 1
         check(valid, f"--env-id: {task!r} is unknown, or named twice; the nearest: {near}")
     return tasks
@@ -561,22 +535,36 @@ def make_env(task: str, args: Args, seed: int) -> gym.Env:
     return env
 
 
+class EpisodeSummary(gym.Wrapper):
+    """info["summary"]: an episode's success at any step so far, nan where none is reported, and its return."""
+
+    def reset(self, **options):
+        self.summary = np.array([np.nan, 0.0])
+        return self.env.reset(**options)
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        success = np.fmax(self.summary[0], info.get("success", np.nan))
+        self.summary = np.array([success, self.summary[1] + reward])
+        return obs, reward, terminated, truncated, {**info, "summary": self.summary}
+
+
 @contextmanager
 def make_envs(tasks: list[str], args: Args, seed: int):
-    """AsyncVectorEnv of E T environments, a process each, with actions in [-1, 1]. Raises RunError if one dies."""
+    """AsyncVectorEnv of E T environments with actions in [-1, 1]. Raises ChildProcessError if one of them dies."""
+    names = tasks * args.envs_per_task
 
-    def make(task, replica):  # each has an order of goals of its own
-        return gym.wrappers.RescaleAction(make_env(task, args, seed + replica), np.float32(-1), np.float32(1))
+    def make(i):  # each environment of a task has an order of goals of its own
+        env = make_env(names[i], args, seed + i // len(tasks))
+        return EpisodeSummary(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)))
 
-    makers = [partial(make, task, replica) for replica in range(args.envs_per_task) for task in tasks]
-    envs = gym.vector.AsyncVectorEnv(makers, autoreset_mode="SameStep")
+    envs = gym.vector.AsyncVectorEnv([partial(make, i) for i in range(len(names))], autoreset_mode="SameStep")
     try:
         yield envs
     except (EOFError, ConnectionError) as error:
         time.sleep(1)  # the operating system knows a little later who it was
-        owners = zip(tasks * args.envs_per_task, envs.processes)
-        dead = [task for task, process in owners if not process.is_alive()]
-        raise RunError(f"the process of {', '.join(dead)} died") from error
+        dead = [name for name, process in zip(names, envs.processes) if not process.is_alive()]
+        raise ChildProcessError(f"the process of {', '.join(dead)} died") from error
     finally:
         for process in envs.processes:  # they have nothing to clean up
             process.kill()
@@ -585,40 +573,20 @@ def make_envs(tasks: list[str], args: Args, seed: int):
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
-class Episodes:
-    """The episodes of E T environments that have ended: success at any step (nan if unknown) and return, by task."""
-
-    def __init__(self, N: int, T: int):
-        self.ended = [[] for _ in range(T)]
-        self.success, self.total = np.full(N, np.nan), np.zeros(N)  # of the episodes under way
-
-    def add(self, reward, ended, infos) -> None:
-        """One step of all environments, (N,) arrays, as they gave it."""
-        last_infos = infos.get("final_info", {})
-        success = np.where(ended, last_infos.get("success", np.nan), infos.get("success", np.nan))
-        self.success, self.total = np.fmax(self.success, success), self.total + reward
-        for i in np.flatnonzero(ended):
-            self.ended[i % len(self.ended)].append((self.success[i], self.total[i]))
-            self.success[i], self.total[i] = np.nan, 0
-
-    def means(self, prefix: str = "") -> dict[str, tuple]:
-        """Success and return of each task, None where no episode has ended."""
-        success, total = zip(*(np.mean(ended, axis=0) if ended else (None, None) for ended in self.ended))
-        return {f"{prefix}success": success, f"{prefix}return": total}
-
-
 class CUDAGraph:
     """Calls a function of tensors of constant shapes: on CUDA, after three calls, by a graph with fixed outputs."""
 
     def __init__(self, function):
-        self.function, self.calls, self.inputs = function, 0, None
+        self.function = function
+        self.calls = 0
 
     def __call__(self, *inputs: Tensor):
         if not inputs[0].is_cuda:
             return self.function(*inputs)
-        self.calls += 1
-        self.inputs = self.inputs or [tensor.clone() for tensor in inputs]
+        if self.calls == 0:
+            self.inputs = [tensor.clone() for tensor in inputs]
         torch._foreach_copy_(self.inputs, inputs)
+        self.calls += 1
         if self.calls <= 3:  # not on the default stream, as capturing asks for
             torch.cuda.synchronize()
             with torch.cuda.stream(torch.cuda.Stream()):
@@ -633,249 +601,216 @@ class CUDAGraph:
         return self.outputs
 
 
-def evaluate(agent: Agent, envs, tasks: list[str], number: int, stop: list) -> dict[str, tuple]:
-    """Run `number` episodes of each task, deterministically. Prints and returns each task's success, return, and
-    modules used, averaged over all steps. Returns {} once a signal is in `stop`."""
-
-    @CUDAGraph
-    def act(obs):
-        action, routes = agent.act(obs, deterministic=True)
-        return action, used_modules(routes).sum(-1)
-
-    obs, _ = envs.reset()
+def evaluate(agent: Agent, envs, tasks: list[str], episodes: int, stop: list) -> dict[str, np.ndarray]:
+    """Run the policy deterministically for at least so many episodes of each task. Prints and returns, (T,): success,
+    return, and modules used, a mean over all steps. Returns {} once a signal is in `stop`."""
+    act = CUDAGraph(partial(agent.act, deterministic=True))
     T = len(tasks)
-    E = len(obs) // T
-    # Each environment runs a fixed share of the episodes; otherwise short ones, which end first, would be preferred.
-    shares = number // E + (np.arange(E * T) // T < number % E)
-    counts = np.zeros(E * T)
-    episodes = Episodes(E * T, T)
-    steps, used = 0, 0
-    while (counts < shares).any():
+    obs, _ = envs.reset()
+    share = math.ceil(episodes * T / len(obs))  # of each environment; else short episodes would be preferred
+    ended = [[] for _ in obs]
+    used = []
+    while min(len(summaries) for summaries in ended) < share:
         if stop:
             return {}
-        obs = torch.as_tensor(obs, dtype=torch.float32).to(agent.task.device, non_blocking=True)
-        action, used_now = act(obs)
-        used = used + used_now
-        steps += 1
-        action = action.cpu().numpy()
-        if not np.isfinite(action).all():
-            raise RunError("the policy's actions are not finite")
-        obs, reward, terminated, truncated, infos = envs.step(action)
-        ended = (terminated | truncated) & (counts < shares)
-        counts += ended
-        episodes.add(reward, ended, infos)
-    results = episodes.means() | {"modules_used": (used / steps).view(E, T).mean(0).tolist()}
-    for task, success, total, modules in zip(tasks, *results.values()):
-        print(f"{task}: success {success:.2f}, return {total:.1f}, modules used {modules:.1f}")
-    print(f"mean success {np.mean(results['success']):.2f}, modules used {np.mean(results['modules_used']):.1f}")
-    return results
+        action, routes = act(torch.as_tensor(obs, dtype=torch.float32).to(agent.task.device))
+        if not action.isfinite().all():
+            raise FloatingPointError("the policy's actions are not finite")
+        used.append(used_modules(routes).sum(-1).cpu().numpy())
+        obs, _, terminated, truncated, infos = envs.step(action.cpu().numpy())
+        for i in np.flatnonzero(terminated | truncated):
+            ended[i].append(infos["final_info"]["summary"][i])
+    first = np.array([summaries[:share] for summaries in ended])  # (E * T, share, 2)
+    success, total = first.reshape(-1, T, share, 2).mean((0, 2)).T
+    modules = np.reshape(used, (-1, T)).mean(0)
+    for row in zip(tasks, success, total, modules):
+        print("{}: success {:.2f}, return {:.1f}, modules used {:.1f}".format(*row))
+    print(f"mean success {success.mean():.2f}, modules used {modules.mean():.1f}")
+    return {"success": success, "return": total, "modules_used": modules}
 
 
 # ------------------------------------------------------------------------------------------------- log and checkpoints
+# How far a run is: steps are summed over tasks, environments and ranks; evaluated_at: step of the last evaluation.
+PROGRESS = {"global_step": 0, "updates": 0, "evaluated_at": 0, "seconds": 0.0}
 METRICS = ["success", "return", "modules_used", "train_success", "train_return"]
 METRICS += ["critic_loss", "actor_loss", "alpha_loss", "alpha", "temperature"]
 
 
-@dataclass
-class Progress:
-    """How far a run is; part of its checkpoint."""
-
-    global_step: int = 0  # environment steps, summed over tasks, environments and ranks
-    updates: int = 0
-    evaluated_at: int = 0  # global_step of the last evaluation
-    seconds: float = 0.0  # of training, without evaluations, over all resumptions
-
-
-@contextmanager
-def whole_file(path: Path, mode: str = "w"):
-    """Replaces `path` once it is written: a kill or a full disk leaves the last whole file."""
-    partial_path = path.with_name(path.name + ".partial")
+def write_file(path: Path, write) -> None:
+    """Replace a file once it is written: a kill or a full disk leaves the last whole one. Raises OSError."""
+    new = path.with_name(path.name + ".partial")
     try:
-        with open(partial_path, mode) as file:
-            yield file
-        partial_path.replace(path)
+        write(new)
+        new.replace(path)
     except (OSError, RuntimeError) as error:  # PyTorch turns some of the first into the second
-        partial_path.unlink(missing_ok=True)
+        new.unlink(missing_ok=True)
         raise OSError(f"{path} cannot be written: {error}") from error
 
 
 class RunLog:
-    """A run's directory, with args.json, progress.csv and TensorBoard events; terminal lines. Raises UsageError."""
+    """A run's directory, with args.json, progress.csv and TensorBoard events. Raises OSError."""
 
-    def __init__(self, args: Args, tasks: list[str], run: Progress, saved: dict | None):
+    def __init__(self, args: Args, tasks: list[str], run: SimpleNamespace, saved: dict | None):
+        self.tasks = tasks
+        self.total_steps = args.total_steps
         name = f"{args.env_id[:99]}-{args.goals}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         self.run_dir = Path(args.resume or Path(args.results_dir, args.run_name or name))
+        self.path = self.run_dir / "progress.csv"
         vacant = args.resume or not (self.run_dir / "args.json").exists()
         check(vacant, f"--run-name: {self.run_dir} holds a run; choose another, or --resume it")
-        columns = [*asdict(run), "steps_per_second", *METRICS]
-        columns += [f"{name}/{task}" for name in METRICS for task in tasks]
-        text = saved["log"] if saved else ",".join(columns) + "\n"  # as it was at the checkpoint
-        self.columns = text.partition("\n")[0].split(",")  # an older version's run keeps its columns
-        self.args, self.tasks = args, tasks
-        self.last, self.tensorboard = replace(run), None
-        self.path = self.run_dir / "progress.csv"
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        facts = {"args": asdict(args), "tasks": tasks, "python": sys.version}
         packages = "torch", "numpy", "metaworld", "mujoco", "gymnasium", "tyro"
-        versions = {name: importlib.metadata.version(name) for name in packages}
-        commit = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD 2>/dev/null")
-        facts = {"args": asdict(args), "tasks": tasks, "python": sys.version, "versions": versions, "commit": commit}
-        try:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            with whole_file(self.run_dir / "args.json") as file:
-                json.dump(facts, file, indent=2)
-            with whole_file(self.path) as file:
-                file.write(text)
-        except OSError as error:
-            raise UsageError(f"--results-dir: {error}") from error
-        print(f"{args.env_id}: {args.total_steps:,} steps, in {self.run_dir}", flush=True)
-
-    def write(self, run: Progress, metrics: dict[str, tuple]) -> None:
-        """A row of metrics, (T,) each, with None where there is none, and of their means."""
-        speed = (run.global_step - self.last.global_step) / (run.seconds - self.last.seconds)
-        record = asdict(run) | {"steps_per_second": speed}
-        for name, values in metrics.items():
-            known = {f"{name}/{task}": value for task, value in zip(self.tasks, values) if value is not None}
-            record |= known
-            if known:
-                record[name] = float(np.mean(list(known.values())))
-        left = max(self.args.total_steps / run.global_step - 1, 0) * run.seconds / 3600
-        line = f"step {run.global_step:,}, {speed:,.1f} steps/s, {left:.1f} hours left"
-        for name in ("train_success", "train_return"):
-            if not math.isnan(record.get(name, math.nan)):
-                line += f", {name} {record[name]:.2f}"
-        print(line, flush=True)
-        with open(self.path, "a") as file:
-            cells = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in record.items()}
-            csv.DictWriter(file, self.columns, extrasaction="ignore", lineterminator="\n").writerow(cells)
-        if self.args.tensorboard:
+        facts["versions"] = {name: version(name) for name in packages}
+        facts["commit"] = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD 2>/dev/null")
+        write_file(self.run_dir / "args.json", lambda path: path.write_text(json.dumps(facts, indent=2)))
+        self.columns = [*vars(run), "steps_per_second", *METRICS]
+        self.columns += [f"{name}/{task}" for name in METRICS for task in tasks]
+        text = saved["log"] if saved else ",".join(self.columns) + "\n"  # as it was at the checkpoint
+        write_file(self.path, lambda path: path.write_text(text))
+        self.tensorboard = None
+        if args.tensorboard:
             with suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
 
-                self.tensorboard = self.tensorboard or SummaryWriter(self.run_dir, purge_step=run.global_step)
-                for name, value in record.items():
-                    self.tensorboard.add_scalar(name, value, run.global_step)
-        self.last = replace(run)
+                self.tensorboard = SummaryWriter(self.run_dir, purge_step=run.global_step + 1)
+        print(f"{args.env_id}: {args.total_steps:,} steps, in {self.run_dir}", flush=True)
+
+    def write(self, run: SimpleNamespace, metrics: dict) -> None:
+        """A row of progress.csv, with each metric's values, (T,), and their mean; a line on the terminal."""
+        speed = run.global_step / run.seconds
+        record = vars(run) | {"steps_per_second": speed}
+        for name, values in metrics.items():
+            values = torch.as_tensor(values).tolist()
+            record[name] = float(np.mean(values))
+            record |= {f"{name}/{task}": value for task, value in zip(self.tasks, values)}
+        with open(self.path, "a") as file:
+            cells = {name: f"{x:.6g}" if isinstance(x, float) else x for name, x in record.items()}
+            csv.DictWriter(file, self.columns, lineterminator="\n").writerow(cells)
+        if self.tensorboard:
+            for name, value in record.items():
+                self.tensorboard.add_scalar(name, value, run.global_step)
+        hours = (self.total_steps - run.global_step) / speed / 3600
+        line = f"step {run.global_step:,}, {speed:,.1f} steps/s, {hours:.1f} hours left"
+        for name in ("train_success", "train_return"):
+            line += f", {name} {record.get(name, math.nan):.2f}"
+        print(line, flush=True)
 
 
-def save_run(log, agent: Agent, replay: ReplayBuffer, run: Progress) -> None:
+def save_run(log: RunLog | None, agent: Agent, replay: ReplayBuffer, run: SimpleNamespace) -> None:
     """All ranks call it; rank 0 writes checkpoint.pt, to go on from, and actor.pt, to evaluate."""
     if not all(parameter.isfinite().all() for parameter in agent.parameters()):
-        raise RunError("the weights are not finite")
-    filled = [ring[: replay.size].to("cpu", copy=True) for ring in (replay.transitions, replay.routes)]
-    buffers = [filled] * RANKS
+        raise FloatingPointError("the weights are not finite")
+    rings = [ring[: replay.size].to("cpu", copy=True) for ring in (replay.transitions, replay.routes)]
+    rings_of_ranks = [rings] * RANKS
     if RANKS > 1:
-        torch.distributed.gather_object(filled, buffers if log else None)
+        torch.distributed.gather_object(rings, rings_of_ranks if log else None)
     if log:
-        args = asdict(agent.args)
-        checkpoint = {"args": args, "progress": asdict(run), "log": log.path.read_text()}
-        checkpoint |= {"agent": agent.state_dict(), "optimizer": agent.optimizer.state_dict()["state"]}
-        checkpoint |= {"buffers": buffers, "position": replay.position}
-        with whole_file(log.run_dir / "checkpoint.pt", "wb") as file:
-            torch.save(checkpoint, file)
-        with whole_file(log.run_dir / "actor.pt", "wb") as file:
-            torch.save({"args": args, "actor": agent.actor.state_dict()}, file)
+        policy = {"args": asdict(agent.args), "actor": agent.actor.state_dict()}
+        checkpoint = {"args": policy["args"], "progress": vars(run), "log": log.path.read_text()}
+        checkpoint |= {"agent": agent.state_dict(), "optimizer": agent.optimizer.state_dict()}
+        checkpoint |= {"rings": rings_of_ranks, "position": replay.position}
+        write_file(log.run_dir / "checkpoint.pt", partial(torch.save, checkpoint))
+        write_file(log.run_dir / "actor.pt", partial(torch.save, policy))
 
 
 def load_run(saved: dict, agent: Agent, replay: ReplayBuffer) -> None:
     """Put a checkpoint into a fresh agent and replay. The learning rates stay those of the arguments."""
     agent.load_state_dict(saved["agent"])
-    agent.optimizer.load_state_dict(agent.optimizer.state_dict() | {"state": saved["optimizer"]})
-    transitions, routes = saved["buffers"][RANK]
-    replay.position, replay.size = saved["position"], len(routes)
+    state = agent.optimizer.state_dict() | {"state": saved["optimizer"]["state"]}
+    agent.optimizer.load_state_dict(state)
+    transitions, routes = saved["rings"][RANK]
+    replay.position = saved["position"]
+    replay.size = len(routes)
     replay.transitions[: replay.size] = transitions
     replay.routes[: replay.size] = routes
 
 
 # ------------------------------------------------------------------------------------------------------- training loop
-def use_device(args: Args, cuda: bool) -> torch.device:
-    """Where networks and replay are. Joins torchrun's ranks."""
-    device = torch.device("cpu")
+def make_agent(args: Args, envs, T: int) -> Agent:
+    """The agent, on the device that args name. Joins torchrun's ranks."""
+    cuda = args.device != "cpu" and torch.cuda.is_available()
     if cuda:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("highest" if args.torch_deterministic else "high")  # high: TF32
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.set_float32_matmul_precision("highest" if args.torch_deterministic else "high")
     if RANKS > 1:
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-    return device
-
-
-def accelerate(agent: Agent):
-    """The agent's act and update, on CUDA as graphs, of compiled networks where args.compile says so."""
-    if agent.args.compile and agent.task.is_cuda:  # on a CPU it gains nothing
+    (obs_dim,) = envs.single_observation_space.shape
+    (action_dim,) = envs.single_action_space.shape
+    agent = Agent(obs_dim, action_dim, T, args, "cuda" if cuda else "cpu")
+    if args.compile and cuda:  # on a CPU it gains nothing
         for network in (agent.actor, *agent.critics, *agent.target_critics):
             network.compile(dynamic=False, options={"fallback_random": True})
-    return CUDAGraph(agent.act), CUDAGraph(agent.update)
+    return agent
 
 
 def train(args: Args, tasks: list[str], saved: dict | None, stop: list) -> None:
-    """Train until --total-steps or a signal in `stop`; with --evaluate only evaluate. Raises the three errors of main."""
+    """Train until --total-steps or a signal in `stop`; with --evaluate only evaluate. Raises the errors of main."""
     T = len(tasks)
-    run = Progress(**saved["progress"]) if args.resume else Progress()
+    run = SimpleNamespace(**(saved["progress"] if args.resume else PROGRESS))
     log = RunLog(args, tasks, run, saved) if RANK == 0 and not args.evaluate else None
-    rank_args = replace(args, seed=args.seed + 10_000 * RANK)
-    seed = rank_args.seed + run.global_step  # a resumed run goes on with new goals and new noise
-    with make_envs(tasks, rank_args, seed) as envs:
-        cuda = args.device != "cpu" and torch.cuda.is_available()
-        device = use_device(args, cuda)  # the workers have started: they hold nothing of CUDA
-        (obs_dim,), (action_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
-        agent = Agent(obs_dim, action_dim, T, args, device)
+    seed = args.seed + 10_000 * RANK + run.global_step  # new goals and new noise after a resume
+    with make_envs(tasks, args, seed) as envs:
+        agent = make_agent(args, envs, T)  # only now, so that the workers hold nothing of CUDA
+        device = agent.task.device
         obs, _ = envs.reset(seed=seed)
         if args.evaluate:
             agent.actor.load_state_dict(saved["actor"])
             evaluate(agent, envs, tasks, args.eval_episodes, stop)
             return
-        N = len(obs)
-        n = args.batch_size // (T * RANKS)
-        capacity = args.buffer_size // (N * RANKS) * args.envs_per_task
+        (N, obs_dim), (_, action_dim) = obs.shape, envs.action_space.shape
+        capacity = args.buffer_size // (N * RANKS) * N
         replay = ReplayBuffer(capacity, T, obs_dim, action_dim, args.num_modules, agent.actor.K, device)
         if args.resume:
             load_run(saved, agent, replay)
-        act, update = accelerate(agent)
+        act = CUDAGraph(agent.act)
+        update = CUDAGraph(agent.update)
         torch.manual_seed(seed + 1)
-        episodes, losses = Episodes(N, T), {}
+        n = args.batch_size // (T * RANKS)
+        losses = {}
+        ended = [[] for _ in tasks]  # success and return of the episodes that ended
         saved_at = time.monotonic()
-        began = saved_at - run.seconds
         finished = run.evaluated_at >= args.total_steps
         while not finished:
+            started = time.monotonic()
             action, routes = act(torch.as_tensor(obs, dtype=torch.float32).to(device, non_blocking=True))
             action = action.to("cpu", non_blocking=True)
             learning = run.global_step >= args.learning_starts
-            if cuda:  # the update is queued behind acting before the host waits for the action
+            if device.type == "cuda":  # queue the update behind acting, then wait for the action
                 acted = torch.cuda.current_stream().record_event()
                 losses = update(*replay.sample(n)) if learning else losses
                 acted.synchronize()
-            if not (action.isfinite().all() and (cuda or all(x.isfinite().all() for x in losses.values()))):
-                wrong = [f"{name}/{tasks[t]}" for name, x in losses.items() for t in range(T) if not x[t].isfinite()]
-                raise RunError(f"not finite: {', '.join(wrong) or 'actions'}")
+            if not action.isfinite().all():  # MuJoCo would warn about it for ever
+                raise FloatingPointError("the policy's actions are not finite")
             envs.step_async(action.numpy())
-            if learning and not cuda:  # while the workers step
+            if device.type == "cpu" and learning:  # while the workers step
                 losses = update(*replay.sample(n))
             next_obs, reward, terminated, truncated, infos = envs.step_wait()
-            ended = terminated | truncated
             last_obs = next_obs.copy()
-            for i in np.flatnonzero(ended):  # next_obs is already the next episode's
+            for i in np.flatnonzero(terminated | truncated):  # next_obs is the next episode's
                 last_obs[i] = infos["final_obs"][i]
+                ended[i % T].append(infos["final_info"]["summary"][i])
             replay.add(obs, action, reward, last_obs, terminated, routes)
             obs = next_obs
             run.global_step += N * RANKS
             run.updates += learning
-            run.seconds = time.monotonic() - began
-            if log:
-                episodes.add(reward, ended, infos)
-                next_evaluation = min((run.evaluated_at // args.eval_every + 1) * args.eval_every, args.total_steps)
-                evaluation_due = run.global_step >= next_evaluation
-                if evaluation_due or run.global_step // args.log_every > log.last.global_step // args.log_every:
-                    metrics = {name: loss.tolist() for name, loss in losses.items()} | episodes.means("train_")
-                    metrics["alpha"] = agent.log_alpha.detach().exp().tolist()  # autograd's graph spoils a capture
-                    metrics["temperature"] = agent.temperature().tolist() if args.sample_k else []
-                    episodes.ended = [[] for _ in tasks]
-                    results = evaluate(agent, envs, tasks, args.eval_episodes, stop) if evaluation_due else {}
-                    if results:
-                        run.evaluated_at = run.global_step
-                        began = time.monotonic() - run.seconds  # evaluations do not count
-                        obs, _ = envs.reset()  # the evaluation left episodes of its own
-                        episodes = Episodes(N, T)
-                    if results or not evaluation_due:  # a signal ends an evaluation without results
-                        log.write(run, metrics | results)
+            run.seconds += time.monotonic() - started
+            due = run.global_step // args.eval_every > run.evaluated_at // args.eval_every
+            due |= run.global_step >= args.total_steps
+            if log and (due or run.global_step % args.log_every < N * RANKS):
+                metrics = losses | {"alpha": agent.log_alpha.detach().exp()}  # autograd's graph spoils a capture
+                if args.sample_k:
+                    metrics["temperature"] = agent.temperature()
+                if all(ended):
+                    means = np.array([np.mean(summaries, axis=0) for summaries in ended])
+                    metrics |= {"train_success": means[:, 0], "train_return": means[:, 1]}
+                    ended = [[] for _ in tasks]
+                if due:
+                    metrics |= evaluate(agent, envs, tasks, args.eval_episodes, stop)
+                    obs, _ = envs.reset()  # the evaluation left episodes of its own
+                if "success" in metrics:  # else a signal ended the evaluation
+                    run.evaluated_at = run.global_step
+                log.write(run, metrics)
             # All ranks save, and stop, after the same step.
             finished = len(stop) > 0 or run.evaluated_at >= args.total_steps
             save_due = finished or time.monotonic() - saved_at > 60 * args.checkpoint_minutes
@@ -887,49 +822,46 @@ def train(args: Args, tasks: list[str], saved: dict | None, stop: list) -> None:
                 save_run(log, agent, replay, run)
                 saved_at = time.monotonic()
     if log:
-        print(f"ended at step {run.global_step:,} of {args.total_steps:,}; to go on: --resume {log.run_dir}")
+        print(f"ended at step {run.global_step:,}; to go on: --resume {log.run_dir}")
 
 
 # --------------------------------------------------------------------------------------------------- the command line
-# What numbers may be, where positive and finite is not enough; what a policy is made with, and a run besides.
+# What numbers may be, where positive is not enough; what a policy fixes, and a run besides.
 LIMITS = {"gamma": (0, 1), "tau": (0, 1), "initial_alpha": (1e-9, 1), "target_entropy": (-1e9, 1e9)}
 LIMITS |= {"episode_length": (1, 500), "envs_per_task": (1, 1000), "num_modules": (1, 256), "seed": (0, 2**31)}
-POLICY = ["env_id", "num_modules", "top_k", "routing", "parallel_modules"]
-POLICY += ["module_width", "encoder_widths", "router_widths"]
+POLICY = ["env_id", *NETWORK]
 RUN = ["goals", "episode_length", "envs_per_task", "seed", "buffer_size"]
 
 
-def load(option: str, path: str, argv: list[str] | None) -> tuple[dict, Args]:
-    """A checkpoint or policy, and its arguments with those of argv given anew. Raises UsageError."""
+def load(path: str, part: str) -> dict:
+    """A checkpoint, which has the part "rings", or a policy, which has the part "actor"."""
     try:
         damaged = zipfile.ZipFile(path).testzip()
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        part = "buffers" if option == "--resume" else "actor"
         if damaged or part not in saved:
             raise ValueError(damaged or f"it holds no {part}")
-        known = {field.name for field in fields(Args)}
-        old = Args(**{name: value for name, value in saved["args"].items() if name in known})
-        if option == "--evaluate":
-            old.envs_per_task = 1  # no more processes than it takes
-    except Exception as error:  # a damaged file fails in many ways
+        return saved
+    except Exception as error:  # noqa: BLE001 (a damaged file fails in many ways)
         reason = str(error).split("\n")[0]
-        raise UsageError(f"{option}: {path} is missing, damaged or of another version: {reason}") from error
-    args = tyro.cli(Args, args=argv, default=replace(old, resume=None, evaluate=None))
-    for name in POLICY + (RUN if option == "--resume" else []):
-        was = getattr(old, name)
-        check(getattr(args, name) == was, f"{option}: {path} was made with {name} {was}; do not change it")
-    return saved, args
+        check(False, f"{path} is missing, damaged or of another version: {reason}")
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[Args, list[str], dict | None]:
-    """The arguments, with every budget filled in; the tasks; what --resume or --evaluate names. Raises UsageError."""
+    """The arguments, with every budget filled in; the tasks; what --resume or --evaluate names."""
     args = tyro.cli(Args, args=argv)
     saved = None
-    if args.evaluate:
-        saved, args = load("--evaluate", args.evaluate, argv)
-        args.resume = None
-    elif args.resume:
-        saved, args = load("--resume", f"{args.resume}/checkpoint.pt", argv)
+    if args.evaluate or args.resume:
+        path = args.evaluate or f"{args.resume}/checkpoint.pt"
+        saved = load(path, "actor" if args.evaluate else "rings")
+        old = Args()
+        vars(old).update(saved["args"], resume=None, evaluate=None)  # unknown options have no effect
+        if args.evaluate:
+            old.envs_per_task = 1  # no more processes than it takes
+        fixed = POLICY if args.evaluate else POLICY + RUN
+        args = tyro.cli(Args, args=argv, default=old)
+        for name in fixed:
+            was = getattr(old, name)
+            check(getattr(args, name) == was, f"{path} was made with {name} {was}; do not change it")
     tasks = task_names(args.env_id)
     T = len(tasks)
     steps, transitions = BUDGETS.get(args.env_id, BUDGETS["MT10"])
@@ -937,48 +869,44 @@ def parse_arguments(argv: list[str] | None) -> tuple[Args, list[str], dict | Non
     for name, per_task in budgets.items():
         if getattr(args, name) is None:
             setattr(args, name, per_task * T)
-    args.eval_every = args.eval_every or max(args.total_steps // 100, args.eval_episodes * args.episode_length * T)
+    if args.eval_every is None:
+        args.eval_every = max(args.total_steps // 100, args.eval_episodes * args.episode_length * T)
     limits = LIMITS | {"top_k": (0, args.num_modules)}
     for name, value in asdict(args).items():
         low, high = limits.get(name, (1e-18, 1e18))
-        wanted = f"lie between {low} and {high}" if name in limits else "be positive and finite"
         for number in value if isinstance(value, tuple) else (value,):
             valid = type(number) not in (int, float) or low <= number <= high
-            check(valid, f"--{name.replace('_', '-')} is {number}; it must {wanted}")
-    check(args.encoder_widths, "--encoder-widths needs at least one width")
-    P, by_module = args.parallel_modules, args.routing == "module"
-    check(P == Args.parallel_modules or not by_module, "--parallel-modules is for --routing layer and model")
-    check(by_module or args.num_modules % P == 0, f"--num-modules must be a multiple of --parallel-modules, {P}")
-    whole = args.batch_size % (T * RANKS) == 0
-    check(whole, f"--batch-size is {args.batch_size}; it must be a multiple of tasks times ranks, {T * RANKS}")
+            check(valid, f"--{name.replace('_', '-')} is {number}; it must lie between {low} and {high}")
+    P = args.parallel_modules
+    layered = args.routing != "module"
     least = max(args.batch_size, args.envs_per_task * T * RANKS)
-    check(args.buffer_size >= least, f"--buffer-size must be at least {least}: a batch, and a step of all environments")
-    found = args.device != "cuda" or torch.cuda.is_available()
-    check(found, "--device is cuda, and PyTorch finds none here; write --device cpu")
-    same_ranks = not args.resume or len(saved["buffers"]) == RANKS
-    check(same_ranks, "--resume: start as many ranks as before, with torchrun")
+    check(args.encoder_widths, "--encoder-widths needs at least one width")
+    check(layered or P == Args.parallel_modules, "--parallel-modules is for --routing layer, model")
+    check(not layered or args.num_modules % P == 0, f"--num-modules is no multiple of {P}")
+    check(args.batch_size % (T * RANKS) == 0, f"--batch-size is no multiple of tasks times ranks, {T * RANKS}")
+    check(args.buffer_size >= least, f"--buffer-size must be at least {least}, a batch and a step")
+    check(args.device != "cuda" or torch.cuda.is_available(), "--device: PyTorch finds no cuda here")
+    check(not args.resume or len(saved["rings"]) == RANKS, "--resume: start as many ranks as before")
     return args, tasks, saved
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line. Returns the exit code: 2 for a mistake in what was asked for, 1 for a run that failed."""
+def main(argv: list[str] | None = None) -> None:
+    """The command line. Exit codes: 2 for a mistake in what was asked for, 1 for a run that failed."""
     stop = []  # the signals that came; no lock, for one may come while another is handled
     for number in (signal.SIGINT, signal.SIGTERM):  # workers inherit the handler, and go on
         signal.signal(number, lambda number, _: stop.append(number))
+    args, tasks, saved = parse_arguments(argv)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(args.torch_deterministic)
+    torch.manual_seed(args.seed)
     try:
-        args, tasks, saved = parse_arguments(argv)
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(args.torch_deterministic)
-        torch.manual_seed(args.seed)
         train(args, tasks, saved, stop)
-        return 0
-    except (UsageError, RunError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
+    except (FloatingPointError, OSError) as error:
+        sys.exit(f"error: {error}")
     finally:  # workers of environments that do not fit together are left over, and ignore SIGTERM
         for process in multiprocessing.active_children():
             process.kill()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

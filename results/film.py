@@ -117,21 +117,15 @@ def draw(args, titles, episodes, shown):
         yield np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
 
 
-def main(argv=None) -> int:
+def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("--task", nargs="+", default=[])
     parser.add_argument("--seconds", type=float, default=8)
     options = parser.parse_args(argv)
-    try:
-        args, tasks, actor = load(options.run, "cpu")
-        if not {*options.task} <= {*tasks}:
-            raise d2r.UsageError(f"--task: the tasks of this run are {', '.join(tasks)}")
-        if not 0.1 <= options.seconds <= 60:
-            raise d2r.UsageError("--seconds must lie between 0.1 and 60")
-    except d2r.UsageError as error:
-        print(f"error: {str(error).removeprefix('--evaluate: ')}", file=sys.stderr)
-        return 2
+    args, tasks, actor = load(options.run, "cpu")
+    d2r.check({*options.task} <= {*tasks}, f"--task: the tasks of this run are {', '.join(tasks)}")
+    d2r.check(0.1 <= options.seconds <= 60, "--seconds must lie between 0.1 and 60")
     chosen = [*dict.fromkeys(options.task)] or tasks
     episodes = [play(args, tasks, actor, tasks.index(task)) for task in chosen]
     solved = [steps.success.argmax() if steps.success.any() else args.episode_length for *_, steps in episodes]
@@ -152,8 +146,7 @@ def main(argv=None) -> int:
     path = options.run / (f"film-{chosen[0]}.gif" if len(options.task) == 1 else "film.gif")
     path.write_bytes(data)
     print(path, f"{len(frames)} frames, {len(data) / 1e6:.1f} MB")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

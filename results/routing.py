@@ -51,7 +51,7 @@ class Steps(NamedTuple):
 
 
 def load(run_dir: Path, device: str = "auto"):
-    """Arguments, tasks and policy of RUN/actor.pt. Raises d2r.UsageError."""
+    """Arguments, tasks and policy of RUN/actor.pt."""
     args, tasks, saved = d2r.parse_arguments(["--evaluate", str(run_dir / "actor.pt"), "--device", device])
     device = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
     weights = {name.removeprefix("routing_network."): weight for name, weight in saved["actor"].items()}
@@ -71,7 +71,7 @@ def rollout(actor, envs, seed: int, tasks: list[int]):
     while True:
         h, logits = actor.routing_network(torch.as_tensor(obs, dtype=torch.float32, device=task.device), task)
         routes = d2r.top_k(logits, actor.K)
-        output = actor.base_modules(h, logits, routes)
+        output = actor.run_modules(h, logits, routes)
         used = d2r.used_modules(routes)
         chosen = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, routes, True)
         edges = chosen & F.pad(used[:, 1:], (0, 1), value=True)[..., None]
@@ -217,19 +217,14 @@ def plot_tsne(steps, tasks, path):
     figure.savefig(path, dpi=110)
 
 
-def main(argv=None) -> int:
+def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("--episodes", type=int, default=10)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     options = parser.parse_args(argv)
-    try:
-        args, tasks, actor = load(options.run, options.device)
-        if options.episodes < 1:
-            raise d2r.UsageError("--episodes must be at least 1")
-    except d2r.UsageError as error:
-        print(f"error: {str(error).removeprefix('--evaluate: ')}", file=sys.stderr)
-        return 2
+    d2r.check(options.episodes >= 1, "--episodes must be at least 1")
+    args, tasks, actor = load(options.run, options.device)
     steps = record(args, tasks, actor, options.episodes)
     rows = table(steps, tasks)
     lines = [[*rows[0]]] + [[f"{x:.4g}" if isinstance(x, float) else x for x in row.values()] for row in rows]
@@ -240,8 +235,7 @@ def main(argv=None) -> int:
     plot_paths(steps, rows, args, options.run / "paths.png")
     plot_depth(rows, options.run / "depth.png")
     plot_tsne(steps, tasks, options.run / "tsne.png")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -108,7 +108,11 @@ def make_agent(env_id, batch_size, device, module=d2r, all_modules=False, eager=
         _, routes = agent.actor(batch[0], task, temperature=torch.ones(T, device=device))
     batch.append(routes.to(torch.uint8))
     observations = np.random.default_rng(0).normal(size=(T, OBS)).astype(np.float32)
-    act, update = (agent.act, agent.update) if eager else module.accelerate(agent)
+    if args.compile and device.type == "cuda":
+        for network in (agent.actor, *agent.critics, *agent.target_critics):
+            network.compile(dynamic=False, options={"fallback_random": True})
+    graph = (lambda function: function) if eager else module.CUDAGraph
+    act, update = graph(agent.act), graph(agent.update)
     return agent, lambda: update(*batch), lambda: act(torch.as_tensor(observations, device=device))[0].cpu().numpy()
 
 
@@ -289,7 +293,7 @@ def loop(env_id, batch_size, device, envs_per_task, *options) -> None:
             self.transitions.normal_()
             self.transitions[..., -1] = 0  # none terminated
             logits = torch.zeros(T, M, M).masked_fill(torch.ones(M, M).triu(1) > 0, -torch.inf)
-            self.routes[:] = d2r.sample_k(logits, K)
+            self.routes.view(-1, T, M, K)[:] = d2r.sample_k(logits, K)
             filling.append(time.time() - start)
 
     def timed_act(agent, obs):
@@ -312,10 +316,10 @@ def loop(env_id, batch_size, device, envs_per_task, *options) -> None:
         arguments += f"--envs-per-task {envs_per_task} "
         arguments += f"--total-steps {steps} --log-every {steps // 6} --eval-every {100 * steps} --eval-episodes 1 "
         arguments += f"--no-tensorboard --results-dir {results_dir} --run-name run"
-        if d2r.main([*arguments.split(), *options]):
-            sys.exit(1)
+        d2r.main([*arguments.split(), *options])
         with open(Path(results_dir, "run", "progress.csv"), newline="") as file:
-            speeds = [float(row["steps_per_second"]) for row in csv.DictReader(file)][1:]  # the first one warms up
+            rows = [(float(row["global_step"]), float(row["seconds"])) for row in csv.DictReader(file)]
+    speeds = [(b[0] - a[0]) / (b[1] - a[1]) for a, b in pairwise(rows)]  # without the first, which warms up
     facts = {"speeds": speeds, "update": statistics.median(updates), "start": acted_at[0], "workers": sum(workers)}
     facts["gpu"] = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else 0
     print(json.dumps({**facts, "peak": memory("self", "status", "VmHWM:")}))
