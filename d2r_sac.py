@@ -26,7 +26,6 @@ edges have logit -inf.
 """
 
 import copy
-import csv
 import json
 import math
 import multiprocessing
@@ -601,9 +600,16 @@ class CUDAGraph:
         return self.outputs
 
 
+def finite(action: Tensor) -> np.ndarray:
+    """An action as environments take it. Raises FloatingPointError for nan, of which MuJoCo would warn for ever."""
+    if not action.isfinite().all():
+        raise FloatingPointError("the policy's actions are not finite")
+    return action.numpy()
+
+
 def evaluate(agent: Agent, envs, tasks: list[str], episodes: int, stop: list) -> dict[str, np.ndarray]:
-    """Run the policy deterministically for at least so many episodes of each task. Prints and returns, (T,): success,
-    return, and modules used, a mean over all steps. Returns {} once a signal is in `stop`."""
+    """Run at least `episodes` episodes of each task, deterministically. Prints and returns, (T,) each: success, return,
+    and modules used, a mean over all steps. Returns {} once a signal is in `stop`."""
     act = CUDAGraph(partial(agent.act, deterministic=True))
     T = len(tasks)
     obs, _ = envs.reset()
@@ -614,17 +620,15 @@ def evaluate(agent: Agent, envs, tasks: list[str], episodes: int, stop: list) ->
         if stop:
             return {}
         action, routes = act(torch.as_tensor(obs, dtype=torch.float32).to(agent.task.device))
-        if not action.isfinite().all():
-            raise FloatingPointError("the policy's actions are not finite")
         used.append(used_modules(routes).sum(-1).cpu().numpy())
-        obs, _, terminated, truncated, infos = envs.step(action.cpu().numpy())
+        obs, _, terminated, truncated, infos = envs.step(finite(action.cpu()))
         for i in np.flatnonzero(terminated | truncated):
             ended[i].append(infos["final_info"]["summary"][i])
     first = np.array([summaries[:share] for summaries in ended])  # (E * T, share, 2)
     success, total = first.reshape(-1, T, share, 2).mean((0, 2)).T
     modules = np.reshape(used, (-1, T)).mean(0)
-    for row in zip(tasks, success, total, modules):
-        print("{}: success {:.2f}, return {:.1f}, modules used {:.1f}".format(*row))
+    for t, task in enumerate(tasks):
+        print(f"{task}: success {success[t]:.2f}, return {total[t]:.1f}, modules used {modules[t]:.1f}")
     print(f"mean success {success.mean():.2f}, modules used {modules.mean():.1f}")
     return {"success": success, "return": total, "modules_used": modules}
 
@@ -664,10 +668,11 @@ class RunLog:
         facts["versions"] = {name: version(name) for name in packages}
         facts["commit"] = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD 2>/dev/null")
         write_file(self.run_dir / "args.json", lambda path: path.write_text(json.dumps(facts, indent=2)))
-        self.columns = [*vars(run), "steps_per_second", *METRICS]
-        self.columns += [f"{name}/{task}" for name in METRICS for task in tasks]
-        text = saved["log"] if saved else ",".join(self.columns) + "\n"  # as it was at the checkpoint
+        columns = [*vars(run), "steps_per_second", *METRICS]
+        columns += [f"{name}/{task}" for name in METRICS for task in tasks]
+        text = saved["log"] if saved else ",".join(columns) + "\n"  # as it was at the checkpoint
         write_file(self.path, lambda path: path.write_text(text))
+        self.columns = text.partition("\n")[0].split(",")
         self.tensorboard = None
         if args.tensorboard:
             with suppress(ImportError):
@@ -684,13 +689,13 @@ class RunLog:
             values = torch.as_tensor(values).tolist()
             record[name] = float(np.mean(values))
             record |= {f"{name}/{task}": value for task, value in zip(self.tasks, values)}
+        row = ",".join(f"{record[name]:.9g}" if name in record else "" for name in self.columns)
         with open(self.path, "a") as file:
-            cells = {name: f"{x:.6g}" if isinstance(x, float) else x for name, x in record.items()}
-            csv.DictWriter(file, self.columns, lineterminator="\n").writerow(cells)
+            file.write(row + "\n")
         if self.tensorboard:
             for name, value in record.items():
                 self.tensorboard.add_scalar(name, value, run.global_step)
-        hours = (self.total_steps - run.global_step) / speed / 3600
+        hours = max(self.total_steps - run.global_step, 0) / speed / 3600
         line = f"step {run.global_step:,}, {speed:,.1f} steps/s, {hours:.1f} hours left"
         for name in ("train_success", "train_return"):
             line += f", {name} {record.get(name, math.nan):.2f}"
@@ -706,10 +711,12 @@ def save_run(log: RunLog | None, agent: Agent, replay: ReplayBuffer, run: Simple
     if RANKS > 1:
         torch.distributed.gather_object(rings, rings_of_ranks if log else None)
     if log:
-        policy = {"args": asdict(agent.args), "actor": agent.actor.state_dict()}
-        checkpoint = {"args": policy["args"], "progress": vars(run), "log": log.path.read_text()}
-        checkpoint |= {"agent": agent.state_dict(), "optimizer": agent.optimizer.state_dict()}
-        checkpoint |= {"rings": rings_of_ranks, "position": replay.position}
+        args = asdict(agent.args)
+        policy = {"args": args, "actor": agent.actor.state_dict()}
+        checkpoint = {"args": args, "progress": vars(run), "log": log.path.read_text()}
+        checkpoint |= {"agent": agent.state_dict(), "rings": rings_of_ranks}
+        checkpoint["optimizer"] = agent.optimizer.state_dict()["state"]
+        checkpoint["position"] = replay.position
         write_file(log.run_dir / "checkpoint.pt", partial(torch.save, checkpoint))
         write_file(log.run_dir / "actor.pt", partial(torch.save, policy))
 
@@ -717,8 +724,7 @@ def save_run(log: RunLog | None, agent: Agent, replay: ReplayBuffer, run: Simple
 def load_run(saved: dict, agent: Agent, replay: ReplayBuffer) -> None:
     """Put a checkpoint into a fresh agent and replay. The learning rates stay those of the arguments."""
     agent.load_state_dict(saved["agent"])
-    state = agent.optimizer.state_dict() | {"state": saved["optimizer"]["state"]}
-    agent.optimizer.load_state_dict(state)
+    agent.optimizer.load_state_dict(agent.optimizer.state_dict() | {"state": saved["optimizer"]})
     transitions, routes = saved["rings"][RANK]
     replay.position = saved["position"]
     replay.size = len(routes)
@@ -758,9 +764,9 @@ def train(args: Args, tasks: list[str], saved: dict | None, stop: list) -> None:
             agent.actor.load_state_dict(saved["actor"])
             evaluate(agent, envs, tasks, args.eval_episodes, stop)
             return
-        (N, obs_dim), (_, action_dim) = obs.shape, envs.action_space.shape
-        capacity = args.buffer_size // (N * RANKS) * N
-        replay = ReplayBuffer(capacity, T, obs_dim, action_dim, args.num_modules, agent.actor.K, device)
+        N = len(obs)
+        sizes = obs.shape[1], envs.action_space.shape[1], args.num_modules, agent.actor.K
+        replay = ReplayBuffer(args.buffer_size // (N * RANKS) * N, T, *sizes, device)
         if args.resume:
             load_run(saved, agent, replay)
         act = CUDAGraph(agent.act)
@@ -780,9 +786,7 @@ def train(args: Args, tasks: list[str], saved: dict | None, stop: list) -> None:
                 acted = torch.cuda.current_stream().record_event()
                 losses = update(*replay.sample(n)) if learning else losses
                 acted.synchronize()
-            if not action.isfinite().all():  # MuJoCo would warn about it for ever
-                raise FloatingPointError("the policy's actions are not finite")
-            envs.step_async(action.numpy())
+            envs.step_async(finite(action))
             if device.type == "cpu" and learning:  # while the workers step
                 losses = update(*replay.sample(n))
             next_obs, reward, terminated, truncated, infos = envs.step_wait()
