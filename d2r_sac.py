@@ -15,7 +15,7 @@ Difficult: Multi-Task Deep Reinforcement Learning with Dynamic Depth Routing", A
     base modules         f_i = relu(W_i x_i + b_i), o_i = f_i + x_i; o_0 = f_0(relu(h))     BaseModule, D2RNetwork
     wiring               x_i = sum_j w_ij o_j                                               MixSources
     ResRouting           unlikely edges read o_j as stop_gradient(f_j) + x_j                gradient_kept, MixSources
-    soft actor-critic    losses and alpha of each task; their weights, as for balancing     Agent.update
+    soft actor-critic    losses and alpha of each task                                      Agent.update
     route balancing      temperature of a task = T softmax(-log alpha)                      Agent.temperature
 
 T tasks, M modules, H module width, K sources, B samples in a batch, n = B / T of each task, E environments of each
@@ -71,7 +71,7 @@ class Args:
     buffer_size: int | None = None  # transitions (MT10 1M, MT50 10M, else 100,000 per task)
     batch_size: int | None = None  # samples of an update, equally many of each task (128 each)
     learning_starts: int | None = None  # environment steps before updates begin (4,000 per task)
-    eval_every: int | None = None  # environment steps between evaluations (a 100th of the run)
+    eval_every: int | None = None  # environment steps between evaluations (a 100th of the run, or more)
     eval_episodes: int = 32  # episodes of each task in an evaluation
     # Networks and routing
     num_modules: int = 16  # M, base modules of a network
@@ -119,7 +119,7 @@ def check(condition, message: str) -> None:
 # The method. To use it elsewhere, paste what stands between the double lines: it needs torch, copy, math and pairwise.
 # ----------------------------------------------------------------------------------------------------- routing network
 def init(layer: nn.Linear, head: bool = False) -> nn.Linear:
-    # NOTE: the authors' helper takes out_features for the fan-in.
+    # NOTE: the authors' helper takes out_features for the fan-in, which would be in_features.
     bound = 3e-3 if head else layer.out_features**-0.5
     nn.init.uniform_(layer.weight, -bound, bound)
     nn.init.constant_(layer.bias, 0.1)
@@ -223,38 +223,39 @@ def allowed_sources(M: int, routing: str, P: int) -> Tensor:
 class MixSources(torch.autograd.Function):
     """x_i = sum_j w_ij o_j with the gradients of ResRouting.
     The actor's replayed routes were chosen by an older policy, the critics' are drawn at a temperature: today's routing
-    would hardly send some of these samples to module j, so they should not train it. Where edge (i, j) is not kept (see
+    would rarely send some of these samples to module j, so they should not train it. Where edge (i, j) is not kept (see
     gradient_kept), module i reads o_j = f_j + x_j as stop_gradient(f_j) + x_j: f_j is not trained, but the modules
-    before it are. The shortcut from x_i to o_i is never blocked. With g_i the gradient of what module i reads, and
-    grad x_i that of the shortcut:
+    before it are. The shortcut, which adds x_i to f_i, is never blocked. With g_i the gradient of what module i reads,
+    and grad x_i that of the shortcut:
 
         grad f_j = sum_i w_ij (kept_ij g_i + grad x_i)      grad x_j = sum_i w_ij (g_i + grad x_i)
 
-    All outputs lie in one tensor o (S, H), a slot for each module and sample. The tape (S, 2, H) has no values: it runs
-    through all mixings, so that its gradient, on the way back, collects grad f_j in [:, 0] and grad x_j in [:, 1]."""
+    All outputs lie in one tensor o (S, H), a slot for each module and sample. The values of the tape (S, 2, H) are never
+    read. It runs through all mixings, so that its gradient, on the way back, collects grad f_j in [:, 0] and grad x_j
+    in [:, 1]."""
 
     @staticmethod
-    def forward(ctx, tape, o, f, x, before, w, w_kept, slots):
-        """Stores o = f + x of the module before, in its slots `before`, then mixes the sources of module i, which B_i
-        samples use. w, slots (B_i, K), w_kept (B_i, K, 2): w_ij kept_ij, the share of g_i for f_j, and w_ij, for x_j.
-        Returns the tape and x_i (B_i, H) twice: for module i, which may work in place, and for its shortcut."""
-        torch.add(f, x, out=o[before])
+    def forward(ctx, tape, o, f, x, previous, w, w_fx, slots):
+        """Stores o = f + x of module i - 1 in its slots `previous`; then mixes the sources of module i, which B_i samples
+        use. w, slots (B_i, K), w_fx (B_i, K, 2): w_ij kept_ij, the share of g_i for f_j, and w_ij, the share for x_j.
+        Returns the tape and x_i (B_i, H) twice: for module i, which may work in place, and for the shortcut."""
+        torch.add(f, x, out=o[previous])
         picked = F.embedding(slots, o)  # (B_i, K, H)
-        ctx.before = before
-        ctx.save_for_backward(w, w_kept, slots, picked)
+        ctx.previous = previous
+        ctx.save_for_backward(w, w_fx, slots, picked)
         mixed = (picked * w[..., None]).sum(1)
         return torch.empty_like(tape), mixed, mixed.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_tape, grad_own, grad_shortcut):
-        w, w_kept, slots, picked = ctx.saved_tensors
-        grad_w = (picked * (grad_own + grad_shortcut)[:, None]).sum(-1)
-        grad_o = w_kept[..., None] * grad_own[:, None, None]  # g_i: (B_i, K, 2, H)
-        grad_o.addcmul_(w[..., None, None], grad_shortcut[:, None, None])  # grad x_i
+    def backward(ctx, grad_tape, g, grad_shortcut):
+        w, w_fx, slots, picked = ctx.saved_tensors
+        grad_w = (picked * (g + grad_shortcut)[:, None]).sum(-1)
+        grad_o = w_fx[..., None] * g[:, None, None]  # (B_i, K, 2, H)
+        grad_o.addcmul_(w[..., None, None], grad_shortcut[:, None, None])
         # In place: it changes only slots of modules before i, whose gradients nobody has read yet.
         grad_tape.index_add_(0, slots.flatten(), grad_o.flatten(0, 1))
-        grad_f, grad_x = grad_tape[ctx.before].unbind(1)  # complete: all its readers are done
+        grad_f, grad_x = grad_tape[ctx.previous].unbind(1)  # complete: all its readers are done
         return grad_tape, None, grad_f, grad_x, None, grad_w, None, None
 
 
@@ -300,37 +301,37 @@ class D2RNetwork(nn.Module):
         return self.run_modules(h, logits, routes), routes
 
     def run_modules(self, h: Tensor, logits: Tensor, routes: Tensor) -> Tensor:
-        """h (B, encoder_widths[-1]), logits (B, M, M), routes (B, M, K) -> output. On a CPU raises ValueError.
+        """h (B, encoder_widths[-1]), logits (B, M, M), routes (B, M, K) -> output. On a CPU a forbidden edge is a ValueError.
         On a CPU a module is computed only for the samples that use it; on a GPU for all, since shapes must be static."""
         B, M, _ = routes.shape
         logits = logits.transpose(0, 1)  # (M, B, M)
         sources = routes.transpose(0, 1).contiguous().long()  # (M, B, K)
         w = routing_weights(logits, sources)
-        w_own = w
+        w_f = w
         if self.resrouting and torch.is_grad_enabled():
-            w_own = w * gradient_kept(logits).gather(-1, sources)
-        w_kept = torch.stack([w_own, w], dim=-1).detach()
+            w_f = w * gradient_kept(logits).gather(-1, sources)
+        w_fx = torch.stack([w_f, w], dim=-1).detach()
         slots = sources * B + torch.arange(B, device=h.device)[:, None]  # j B + b
         counts = [B] * (M + 1)  # samples for which each module, and the head, is computed
-        read = slice(None)
+        rows = slice(None)  # of the flattened (module, sample) pairs
         if h.is_cpu and not torch.compiler.is_compiling():
             if (logits.gather(-1, sources) == -torch.inf).any():
                 raise ValueError("routes: a module takes a source that it may not choose")
             used = F.pad(used_modules(routes), (0, 1), value=True).T  # (M + 1, B)
             counts = used.sum(1).tolist()
             slots = (used.flatten().cumsum(0) - 1)[slots]  # only used outputs have a slot
-            read = used[1:].flatten().nonzero().squeeze(1)
-        w, w_kept, slots = [t.flatten(0, 1)[read].split(counts[1:]) for t in (w, w_kept, slots)]
+            rows = used[1:].flatten().nonzero().squeeze(1)
+        w, w_fx, slots = [t.flatten(0, 1)[rows].split(counts[1:]) for t in (w, w_fx, slots)]
         first, *readers = [*self.base_modules.module, self.base_modules.head]
         f = first(F.relu(h))  # used by all
-        x = torch.zeros_like(f)  # module 0 has no shortcut
+        x = torch.zeros_like(f)  # o_0 = f_0
         o = f.new_empty(sum(counts[:M]), f.shape[1])
         tape = f.new_empty(sum(counts[:M]), 2, f.shape[1])
-        before = slice(0, B)
-        for module, w_i, w_kept_i, slots_i in zip(readers, w, w_kept, slots, strict=True):
-            tape, own, x = MixSources.apply(tape, o, f, x, before, w_i, w_kept_i, slots_i)
-            f = module(own)
-            before = slice(before.stop, before.stop + len(own))
+        previous = slice(0, B)
+        for reader, w_i, w_fx_i, slots_i in zip(readers, w, w_fx, slots, strict=True):
+            tape, own, x = MixSources.apply(tape, o, f, x, previous, w_i, w_fx_i, slots_i)
+            f = reader(own)
+            previous = slice(previous.stop, previous.stop + len(own))
         return f
 
 
@@ -447,7 +448,7 @@ class Agent(nn.Module):
         return (alpha * log_prob - q).mean(-1), log_prob
 
     def update(self, obs, action, reward, next_obs, terminated, routes) -> dict[str, Tensor]:
-        """One step on all losses. Arguments (T * n, ...), task by task. Returns the losses of each task, (T,)."""
+        """One step on all losses. Arguments (T * n, ...), task by task. Returns the weighted losses of each task, (T,)."""
         task = self.task.repeat_interleave(len(obs) // len(self.task))  # (B,)
         critic_loss, (actor_loss, log_prob) = side_by_side(
             lambda: self.critic_loss(obs, action, reward, next_obs, terminated, task),
@@ -751,7 +752,7 @@ def make_agent(args: Args, envs, T: int) -> Agent:
 
 
 def train(args: Args, tasks: list[str], saved: dict | None, stop: list) -> None:
-    """Train until --total-steps or a signal in `stop`; with --evaluate only evaluate. Raises the errors of main."""
+    """Train until --total-steps or a signal in `stop`; with --evaluate only evaluate. Raises FloatingPointError and OSError."""
     T = len(tasks)
     run = SimpleNamespace(**(saved["progress"] if args.resume else PROGRESS))
     log = RunLog(args, tasks, run, saved) if RANK == 0 and not args.evaluate else None
@@ -802,7 +803,7 @@ def train(args: Args, tasks: list[str], saved: dict | None, stop: list) -> None:
             due = run.global_step // args.eval_every > run.evaluated_at // args.eval_every
             due |= run.global_step >= args.total_steps
             if log and (due or run.global_step % args.log_every < N * RANKS):
-                metrics = losses | {"alpha": agent.log_alpha.detach().exp()}  # autograd's graph spoils a capture
+                metrics = losses | {"alpha": agent.log_alpha.detach().exp()}  # a live graph would spoil a capture
                 if args.sample_k:
                     metrics["temperature"] = agent.temperature()
                 if all(ended):
@@ -830,7 +831,7 @@ def train(args: Args, tasks: list[str], saved: dict | None, stop: list) -> None:
 
 
 # --------------------------------------------------------------------------------------------------- the command line
-# What numbers may be, where positive is not enough; what a policy fixes, and a run besides.
+# What numbers may be, where positive is not enough. What --evaluate, and --resume besides, must not change.
 LIMITS = {"gamma": (0, 1), "tau": (0, 1), "initial_alpha": (1e-9, 1), "target_entropy": (-1e9, 1e9)}
 LIMITS |= {"episode_length": (1, 500), "envs_per_task": (1, 1000), "num_modules": (1, 256), "seed": (0, 2**31)}
 POLICY = ["env_id", *NETWORK]
@@ -858,7 +859,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[Args, list[str], dict | Non
         path = args.evaluate or f"{args.resume}/checkpoint.pt"
         saved = load(path, "actor" if args.evaluate else "rings")
         old = Args()
-        vars(old).update(saved["args"], resume=None, evaluate=None)  # unknown options have no effect
+        vars(old).update(saved["args"], resume=None, evaluate=None)  # options of other versions are ignored
         if args.evaluate:
             old.envs_per_task = 1  # no more processes than it takes
         fixed = POLICY if args.evaluate else POLICY + RUN

@@ -755,6 +755,7 @@ def test_resume(tmp_path, pendulums, capsys):
     assert torch.equal(newer["rings"][0][0][:240], old["rings"][0][0]) and len(newer["rings"][0][0]) == 300
     moved = [(newer["agent"][name] - value).abs().max() for name, value in old["agent"].items() if "actor" in name]
     assert max(moved) > 0.2  # at the new learning rate
+    assert newer["optimizer"][0]["step"] == newer["progress"]["updates"] == 130  # Adam goes on where it was
     capsys.readouterr()
     changes = {"--top-k 1": "top_k 2", "--env-id 10,5": "env_id 5,10", "--num-modules 3": "num_modules 4"}
     for option, message in (changes | {"--routing layer": "routing module"}).items():
