@@ -71,7 +71,7 @@ class Args:
     buffer_size: int | None = None  # transitions (MT10 1M, MT50 10M, else 100,000 per task)
     batch_size: int | None = None  # samples of an update, equally many of each task (128 each)
     learning_starts: int | None = None  # environment steps before updates begin (4,000 per task)
-    eval_every: int | None = None  # environment steps between evaluations (a 100th of the run, or more)
+    eval_every: int | None = None  # environment steps between evaluations (a 100th of the run, or an evaluation's)
     eval_episodes: int = 32  # episodes of each task in an evaluation
     # Networks and routing
     num_modules: int = 16  # M, base modules of a network
@@ -109,10 +109,18 @@ class Args:
 
 
 def check(condition, message: str) -> None:
-    """Ends the program, as argparse does, where the user has made a mistake. The message says what to write instead."""
+    """Ends the program with exit code 2, as argparse does, where the user has made a mistake."""
     if not condition:
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
+
+
+def say(line: str) -> None:
+    """Prints a line. A run goes on where nobody reads it any more, as after `| head`."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 # ======================================================================================================================
@@ -223,7 +231,7 @@ def allowed_sources(M: int, routing: str, P: int) -> Tensor:
 class MixSources(torch.autograd.Function):
     """x_i = sum_j w_ij o_j with the gradients of ResRouting.
     The actor's replayed routes were chosen by an older policy, the critics' are drawn at a temperature: today's routing
-    would rarely send some of these samples to module j, so they should not train it. Where edge (i, j) is not kept (see
+    would rarely send some of these samples to module j, so it should not learn from them. Where edge (i, j) is not kept (see
     gradient_kept), module i reads o_j = f_j + x_j as stop_gradient(f_j) + x_j: f_j is not trained, but the modules
     before it are. The shortcut, which adds x_i to f_i, is never blocked. With g_i the gradient of what module i reads,
     and grad x_i that of the shortcut:
@@ -481,7 +489,7 @@ class Agent(nn.Module):
 # ======================================================================================================================
 # ------------------------------------------------------------------------------------------------------- replay buffer
 class ReplayBuffer:
-    """A ring of transitions in preallocated tensors. Row r is of task r % T; capacity is a multiple of E T."""
+    """A ring of transitions in preallocated tensors. Row r is of task r % T; a step has E T rows."""
 
     def __init__(self, capacity, T, obs_dim, action_dim, M, K, device):
         self.T = T
@@ -505,7 +513,8 @@ class ReplayBuffer:
         steps = torch.randint(self.size // self.T, (self.T, n), device=self.routes.device)
         rows = (steps * self.T + torch.arange(self.T, device=steps.device)[:, None]).flatten()
         obs, action, reward, next_obs, terminated = self.transitions[rows].split(self.widths, dim=1)
-        return obs, action, reward[:, 0], next_obs, terminated[:, 0] > 0, self.routes[rows]
+        terminated = terminated[:, 0] > 0
+        return obs, action, reward[:, 0], next_obs, terminated, self.routes[rows]
 
 
 # -------------------------------------------------------------------------------------------------------- environments
@@ -629,8 +638,8 @@ def evaluate(agent: Agent, envs, tasks: list[str], episodes: int, stop: list) ->
     success, total = first.reshape(-1, T, share, 2).mean((0, 2)).T
     modules = np.reshape(used, (-1, T)).mean(0)
     for t, task in enumerate(tasks):
-        print(f"{task}: success {success[t]:.2f}, return {total[t]:.1f}, modules used {modules[t]:.1f}")
-    print(f"mean success {success.mean():.2f}, modules used {modules.mean():.1f}")
+        say(f"{task}: success {success[t]:.2f}, return {total[t]:.1f}, modules used {modules[t]:.1f}")
+    say(f"mean success {success.mean():.2f}, modules used {modules.mean():.1f}")
     return {"success": success, "return": total, "modules_used": modules}
 
 
@@ -647,7 +656,7 @@ def write_file(path: Path, write) -> None:
     try:
         write(new)
         new.replace(path)
-    except (OSError, RuntimeError) as error:  # PyTorch turns some of the first into the second
+    except (OSError, RuntimeError) as error:  # PyTorch has the latter for a full disk
         new.unlink(missing_ok=True)
         raise OSError(f"{path} cannot be written: {error}") from error
 
@@ -658,16 +667,20 @@ class RunLog:
     def __init__(self, args: Args, tasks: list[str], run: SimpleNamespace, saved: dict | None):
         self.tasks = tasks
         self.total_steps = args.total_steps
+        self.last = copy.copy(run)
         name = f"{args.env_id[:99]}-{args.goals}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-        self.run_dir = Path(args.resume or Path(args.results_dir, args.run_name or name))
+        fresh = Path(args.results_dir, args.run_name or name)
+        self.run_dir = Path(args.resume or fresh)
         self.path = self.run_dir / "progress.csv"
         vacant = args.resume or not (self.run_dir / "args.json").exists()
-        check(vacant, f"--run-name: {self.run_dir} holds a run; choose another, or --resume it")
+        check(vacant, f"--run-name: {self.run_dir} holds a run; choose another, --resume or delete it")
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        facts = {"args": asdict(args), "tasks": tasks, "python": sys.version}
         packages = "torch", "numpy", "metaworld", "mujoco", "gymnasium", "tyro"
-        facts["versions"] = {name: version(name) for name in packages}
-        facts["commit"] = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD 2>/dev/null")
+        versions = {name: version(name) for name in packages}
+        facts = {"args": asdict(args), "tasks": tasks, "python": sys.version, "versions": versions}
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        with suppress(OSError):
+            facts["commit"] = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
         write_file(self.run_dir / "args.json", lambda path: path.write_text(json.dumps(facts, indent=2)))
         columns = [*vars(run), "steps_per_second", *METRICS]
         columns += [f"{name}/{task}" for name in METRICS for task in tasks]
@@ -680,11 +693,12 @@ class RunLog:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self.tensorboard = SummaryWriter(self.run_dir, purge_step=run.global_step + 1)
-        print(f"{args.env_id}: {args.total_steps:,} steps, in {self.run_dir}", flush=True)
+        say(f"{args.env_id}: {args.total_steps:,} steps, in {self.run_dir}")
 
     def write(self, run: SimpleNamespace, metrics: dict) -> None:
         """A row of progress.csv, with each metric's values, (T,), and their mean; a line on the terminal."""
-        speed = run.global_step / run.seconds
+        speed = (run.global_step - self.last.global_step) / (run.seconds - self.last.seconds)
+        self.last = copy.copy(run)
         record = vars(run) | {"steps_per_second": speed}
         for name, values in metrics.items():
             values = torch.as_tensor(values).tolist()
@@ -700,14 +714,15 @@ class RunLog:
         line = f"step {run.global_step:,}, {speed:,.1f} steps/s, {hours:.1f} hours left"
         for name in ("train_success", "train_return"):
             line += f", {name} {record.get(name, math.nan):.2f}"
-        print(line, flush=True)
+        say(line)
 
 
 def save_run(log: RunLog | None, agent: Agent, replay: ReplayBuffer, run: SimpleNamespace) -> None:
     """All ranks call it; rank 0 writes checkpoint.pt, to go on from, and actor.pt, to evaluate."""
     if not all(parameter.isfinite().all() for parameter in agent.parameters()):
         raise FloatingPointError("the weights are not finite")
-    rings = [ring[: replay.size].to("cpu", copy=True) for ring in (replay.transitions, replay.routes)]
+    rings = replay.transitions, replay.routes
+    rings = [ring[: replay.size].to("cpu", copy=True) for ring in rings]
     rings_of_ranks = [rings] * RANKS
     if RANKS > 1:
         torch.distributed.gather_object(rings, rings_of_ranks if log else None)
@@ -731,6 +746,7 @@ def load_run(saved: dict, agent: Agent, replay: ReplayBuffer) -> None:
     replay.size = len(routes)
     replay.transitions[: replay.size] = transitions
     replay.routes[: replay.size] = routes
+    saved.clear()  # else its file would stay mapped
 
 
 # ------------------------------------------------------------------------------------------------------- training loop
@@ -811,10 +827,10 @@ def train(args: Args, tasks: list[str], saved: dict | None, stop: list) -> None:
                     metrics |= {"train_success": means[:, 0], "train_return": means[:, 1]}
                     ended = [[] for _ in tasks]
                 if due:
-                    metrics |= evaluate(agent, envs, tasks, args.eval_episodes, stop)
+                    results = evaluate(agent, envs, tasks, args.eval_episodes, stop)
+                    metrics |= results
+                    run.evaluated_at = run.global_step if results else run.evaluated_at
                     obs, _ = envs.reset()  # the evaluation left episodes of its own
-                if "success" in metrics:  # else a signal ended the evaluation
-                    run.evaluated_at = run.global_step
                 log.write(run, metrics)
             # All ranks save, and stop, after the same step.
             finished = len(stop) > 0 or run.evaluated_at >= args.total_steps
@@ -827,11 +843,11 @@ def train(args: Args, tasks: list[str], saved: dict | None, stop: list) -> None:
                 save_run(log, agent, replay, run)
                 saved_at = time.monotonic()
     if log:
-        print(f"ended at step {run.global_step:,}; to go on: --resume {log.run_dir}")
+        say(f"ended at step {run.global_step:,} of {args.total_steps:,}; to go on: --resume {log.run_dir}")
 
 
 # --------------------------------------------------------------------------------------------------- the command line
-# What numbers may be, where positive is not enough. What --evaluate, and --resume besides, must not change.
+# Limits of numbers, where positive is not enough. POLICY, and for --resume also RUN: options that must not change.
 LIMITS = {"gamma": (0, 1), "tau": (0, 1), "initial_alpha": (1e-9, 1), "target_entropy": (-1e9, 1e9)}
 LIMITS |= {"episode_length": (1, 500), "envs_per_task": (1, 1000), "num_modules": (1, 256), "seed": (0, 2**31)}
 POLICY = ["env_id", *NETWORK]
@@ -855,6 +871,10 @@ def parse_arguments(argv: list[str] | None) -> tuple[Args, list[str], dict | Non
     """The arguments, with every budget filled in; the tasks; what --resume or --evaluate names."""
     args = tyro.cli(Args, args=argv)
     saved = None
+    check(RANK < RANKS and (RANKS == 1 or "MASTER_ADDR" in os.environ), "RANK, WORLD_SIZE: set them by torchrun")
+    check("" not in (args.evaluate, args.resume), "--evaluate and --resume need a path")
+    check(not (args.evaluate and args.resume), "--evaluate or --resume, not both")
+    check(not args.evaluate or RANKS == 1, "--evaluate: start it without torchrun")
     if args.evaluate or args.resume:
         path = args.evaluate or f"{args.resume}/checkpoint.pt"
         saved = load(path, "actor" if args.evaluate else "rings")
@@ -862,9 +882,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[Args, list[str], dict | Non
         vars(old).update(saved["args"], resume=None, evaluate=None)  # options of other versions are ignored
         if args.evaluate:
             old.envs_per_task = 1  # no more processes than it takes
-        fixed = POLICY if args.evaluate else POLICY + RUN
         args = tyro.cli(Args, args=argv, default=old)
-        for name in fixed:
+        for name in POLICY + (RUN if args.resume else []):
             was = getattr(old, name)
             check(getattr(args, name) == was, f"{path} was made with {name} {was}; do not change it")
     tasks = task_names(args.env_id)
@@ -879,17 +898,18 @@ def parse_arguments(argv: list[str] | None) -> tuple[Args, list[str], dict | Non
     limits = LIMITS | {"top_k": (0, args.num_modules)}
     for name, value in asdict(args).items():
         low, high = limits.get(name, (1e-18, 1e18))
+        wanted = f"lie between {low} and {high}" if name in limits else "be positive and finite"
         for number in value if isinstance(value, tuple) else (value,):
             valid = type(number) not in (int, float) or low <= number <= high
-            check(valid, f"--{name.replace('_', '-')} is {number}; it must lie between {low} and {high}")
+            check(valid, f"--{name.replace('_', '-')} is {number}; it must {wanted}")
     P = args.parallel_modules
     layered = args.routing != "module"
     least = max(args.batch_size, args.envs_per_task * T * RANKS)
     check(args.encoder_widths, "--encoder-widths needs at least one width")
     check(layered or P == Args.parallel_modules, "--parallel-modules is for --routing layer, model")
-    check(not layered or args.num_modules % P == 0, f"--num-modules is no multiple of {P}")
+    check(not layered or args.num_modules % P == 0, f"--num-modules is no multiple of --parallel-modules, {P}")
     check(args.batch_size % (T * RANKS) == 0, f"--batch-size is no multiple of tasks times ranks, {T * RANKS}")
-    check(args.buffer_size >= least, f"--buffer-size must be at least {least}, a batch and a step")
+    check(args.buffer_size >= least, f"--buffer-size must be at least {least}: a batch, and a step of all")
     check(args.device != "cuda" or torch.cuda.is_available(), "--device: PyTorch finds no cuda here")
     check(not args.resume or len(saved["rings"]) == RANKS, "--resume: start as many ranks as before")
     return args, tasks, saved
@@ -898,7 +918,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[Args, list[str], dict | Non
 def main(argv: list[str] | None = None) -> None:
     """The command line. Exit codes: 2 for a mistake in what was asked for, 1 for a run that failed."""
     stop = []  # the signals that came; no lock, for one may come while another is handled
-    for number in (signal.SIGINT, signal.SIGTERM):  # workers inherit the handler, and go on
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # workers inherit the handler, and go on
         signal.signal(number, lambda number, _: stop.append(number))
     args, tasks, saved = parse_arguments(argv)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -908,7 +928,7 @@ def main(argv: list[str] | None = None) -> None:
         train(args, tasks, saved, stop)
     except (FloatingPointError, OSError) as error:
         sys.exit(f"error: {error}")
-    finally:  # workers of environments that do not fit together are left over, and ignore SIGTERM
+    finally:  # if AsyncVectorEnv fails to start, its workers remain, and ignore SIGTERM
         for process in multiprocessing.active_children():
             process.kill()
 

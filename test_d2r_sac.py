@@ -590,6 +590,7 @@ def test_evaluation_by_hand(monkeypatch, capsys):
         agent.act = lambda obs, deterministic: (torch.full((6, 1), math.nan), routes)  # MuJoCo would warn for ever
         with pytest.raises(FloatingPointError, match="the policy's actions are not finite"):
             d2r.evaluate(agent, envs, ["a", "b"], 4, [])
+    assert not multiprocessing.active_children()
     assert results["success"][0] == pytest.approx(2 / 6) and math.isnan(results["success"][1])
     assert results["return"].tolist() == pytest.approx([(2 + 9 + 3) / 3, (1 + 1 + 6) / 3])
     assert results["modules_used"].tolist() == pytest.approx([5 / 3, 1])
@@ -603,7 +604,9 @@ ENDLESS = f"{TWO_TASKS} --total-steps 1000000 --log-every 100 --run-name run"
 
 @pytest.fixture(autouse=True)
 def signal_handlers():
-    old = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGXFSZ)}
+    old = {
+        number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGXFSZ)
+    }
     yield  # main replaces them
     for number, handler in old.items():
         signal.signal(number, handler)
@@ -885,7 +888,8 @@ def test_a_signal_during_an_evaluation(tmp_path, pendulums, monkeypatch, total):
 
     def interrupted(agent, *arguments):
         monkeypatch.setattr(d2r, "evaluate", evaluate)  # the next one is not
-        with agent.actor.register_forward_hook(lambda *_: os.kill(os.getpid(), signal.SIGTERM)):
+        number = signal.SIGTERM if total == 60 else signal.SIGHUP
+        with agent.actor.register_forward_hook(lambda *_: os.kill(os.getpid(), number)):
             assert evaluate(agent, *arguments) == {}
         return {}
 
@@ -895,6 +899,17 @@ def test_a_signal_during_an_evaluation(tmp_path, pendulums, monkeypatch, total):
     rows = [(int(record["global_step"]), bool(record["return"])) for record in progress(tmp_path / "run")]
     assert rows[:4] == [(20, False), (40, False), (60, False), (62, True)]
     assert rows[4:] == ([(80, False), (100, False), (120, True)] if total == 120 else [])
+
+
+def test_a_run_goes_on_where_nobody_reads(tmp_path, pendulums, monkeypatch):
+    """As after `| head`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with contextlib.suppress(BrokenPipeError), open(writer, "w") as pipe:  # of what is left when it is closed
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert run(tmp_path, f"{TWO_TASKS} --total-steps 60") == 0
+        monkeypatch.undo()
+    assert checkpoint(tmp_path / "run")["progress"]["evaluated_at"] == 60
 
 
 def test_a_dead_worker_ends_the_run(tmp_path, pendulums):
@@ -962,19 +977,28 @@ MISTAKES = f"""
 --env-id reach-v3,drawer-closed-v3: 'drawer-closed-v3' is unknown, or named twice; the nearest: drawer-close-v3
 --env-id reach-v3,push-v3,reach-v3: 'reach-v3' is unknown, or named twice
 --batch-size 1281: --batch-size is no multiple of tasks times ranks, 10
---buffer-size 100: --buffer-size must be at least 1280, a batch and a step
+--buffer-size 100: --buffer-size must be at least 1280: a batch, and a step of all
 --buffer-size 1300 --envs-per-task 200: --buffer-size must be at least 2000
 --envs-per-task 0: --envs-per-task is 0; it must lie between 1 and 1000
---learning-rate nan: --learning-rate is nan; it must lie between 1e-18 and 1e+18
+--learning-rate nan: --learning-rate is nan; it must be positive and finite
 --top-k 17: --top-k is 17; it must lie between 0 and 16
 --parallel-modules 2: --parallel-modules is for --routing layer, model
---routing layer --parallel-modules 5: --num-modules is no multiple of 5
+--routing layer --parallel-modules 5: --num-modules is no multiple of --parallel-modules, 5
 --encoder-widths: --encoder-widths needs at least one width
---router-widths 32 0: --router-widths is 0; it must lie between
+--router-widths 32 0: --router-widths is 0; it must be positive and finite
 --device cuda: --device: PyTorch finds no cuda here
 --resume no/such/run: no/such/run/checkpoint.pt is missing
 --evaluate {SCRIPT}: is missing, damaged or of another version
+--evaluate=: --evaluate and --resume need a path
+--resume=: --evaluate and --resume need a path
+--evaluate a --resume b: --evaluate or --resume, not both
 """
+
+
+@pytest.mark.parametrize(("rank", "ranks"), [(1, 1), (0, 2)])
+def test_a_rank_without_torchrun_is_a_mistake(monkeypatch, capsys, rank, ranks):
+    monkeypatch.setattr(d2r, "RANK", rank), monkeypatch.setattr(d2r, "RANKS", ranks)
+    assert main() == 2 and capsys.readouterr().err == "error: RANK, WORLD_SIZE: set them by torchrun\n"
 
 
 @pytest.mark.parametrize("line", [*MISTAKES.strip().splitlines(), f"--results-dir {SCRIPT}: Not a directory"])
