@@ -26,6 +26,8 @@ edges have logit -inf.
 """
 
 import copy
+import ctypes
+import fcntl
 import json
 import math
 import multiprocessing
@@ -37,6 +39,7 @@ import time
 import zipfile
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from difflib import get_close_matches
 from functools import partial
 from importlib.metadata import version
@@ -491,8 +494,8 @@ class Agent(nn.Module):
 class ReplayBuffer:
     """A ring of transitions in preallocated tensors. Row r is of task r % T; a step has E T rows."""
 
-    def __init__(self, capacity, T, obs_dim, action_dim, M, K, device):
-        self.T = T
+    def __init__(self, capacity, tasks, obs_dim, action_dim, M, K, device):
+        self.tasks = tasks
         self.size = 0
         self.position = 0
         self.widths = obs_dim, action_dim, 1, obs_dim, 1  # of what add takes
@@ -500,8 +503,12 @@ class ReplayBuffer:
         self.routes = torch.empty(capacity, M, K, dtype=torch.uint8, device=device)  # M <= 256
 
     def add(self, obs, action, reward, next_obs, terminated, routes) -> None:
-        """Store a step of E T environments, (E * T, ...) each. next_obs: where an episode ended, its last one."""
+        """Store a step of E T environments, (E * T, ...) each. next_obs: where an episode ended, its last one. Raises
+        FloatingPointError if an environment's part is not finite."""
         step = np.column_stack([obs, action, reward, next_obs, terminated]).astype(np.float32)
+        for i, column in np.argwhere(~np.isfinite(step)):
+            what = "reward" if column == sum(self.widths[:2]) else "observation"
+            raise FloatingPointError(f"the {what} of {self.tasks[i % len(self.tasks)]} is not finite")
         rows = slice(self.position, self.position + len(step))
         self.transitions[rows].copy_(torch.as_tensor(step), non_blocking=True)
         self.routes[rows] = routes
@@ -510,8 +517,9 @@ class ReplayBuffer:
 
     def sample(self, n: int) -> tuple[Tensor, ...]:
         """n transitions of each task, uniformly with replacement: as given to add, (T * n, ...), task by task."""
-        steps = torch.randint(self.size // self.T, (self.T, n), device=self.routes.device)
-        rows = (steps * self.T + torch.arange(self.T, device=steps.device)[:, None]).flatten()
+        T = len(self.tasks)
+        steps = torch.randint(self.size // T, (T, n), device=self.routes.device)
+        rows = (steps * T + torch.arange(T, device=steps.device)[:, None]).flatten()
         obs, action, reward, next_obs, terminated = self.transitions[rows].split(self.widths, dim=1)
         terminated = terminated[:, 0] > 0
         return obs, action, reward[:, 0], next_obs, terminated, self.routes[rows]
@@ -564,6 +572,7 @@ def make_envs(tasks: list[str], args: Args, seed: int):
     names = tasks * args.envs_per_task
 
     def make(i):  # each environment of a task has an order of goals of its own
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it dies with the learner, even while it hangs
         env = make_env(names[i], args, seed + i // len(tasks))
         return EpisodeSummary(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)))
 
@@ -675,6 +684,11 @@ class RunLog:
         vacant = args.resume or not (self.run_dir / "args.json").exists()
         check(vacant, f"--run-name: {self.run_dir} holds a run; choose another, --resume or delete it")
         self.run_dir.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.run_dir / "lock", "w")  # noqa: SIM115
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            check(False, f"{self.run_dir}: another process has it")
         packages = "torch", "numpy", "metaworld", "mujoco", "gymnasium", "tyro"
         versions = {name: version(name) for name in packages}
         facts = {"args": asdict(args), "tasks": tasks, "python": sys.version, "versions": versions}
@@ -757,7 +771,8 @@ def make_agent(args: Args, envs, T: int) -> Agent:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         torch.set_float32_matmul_precision("highest" if args.torch_deterministic else "high")
     if RANKS > 1:
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        torch.distributed.init_process_group(backend, timeout=timedelta(days=1))  # evaluations may be long
     (obs_dim,) = envs.single_observation_space.shape
     (action_dim,) = envs.single_action_space.shape
     agent = Agent(obs_dim, action_dim, T, args, "cuda" if cuda else "cpu")
@@ -783,7 +798,7 @@ def train(args: Args, tasks: list[str], saved: dict | None, stop: list) -> None:
             return
         N = len(obs)
         sizes = obs.shape[1], envs.action_space.shape[1], args.num_modules, agent.actor.K
-        replay = ReplayBuffer(args.buffer_size // (N * RANKS) * N, T, *sizes, device)
+        replay = ReplayBuffer(args.buffer_size // (N * RANKS) * N, tasks, *sizes, device)
         if args.resume:
             load_run(saved, agent, replay)
         act = CUDAGraph(agent.act)
@@ -917,9 +932,15 @@ def parse_arguments(argv: list[str] | None) -> tuple[Args, list[str], dict | Non
 
 def main(argv: list[str] | None = None) -> None:
     """The command line. Exit codes: 2 for a mistake in what was asked for, 1 for a run that failed."""
-    stop = []  # the signals that came; no lock, for one may come while another is handled
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # workers inherit the handler, and go on
-        signal.signal(number, lambda number, _: stop.append(number))
+    stop = []  # when signals came; no lock, for one may come while another is handled
+
+    def handle(*_):  # workers inherit it, and go on
+        stop.append(time.monotonic())
+        if stop[-1] > stop[0] + 10:  # the run hangs
+            raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, handle)
     args, tasks, saved = parse_arguments(argv)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(args.torch_deterministic)
@@ -928,6 +949,9 @@ def main(argv: list[str] | None = None) -> None:
         train(args, tasks, saved, stop)
     except (FloatingPointError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        sys.exit(130)
     finally:  # if AsyncVectorEnv fails to start, its workers remain, and ignore SIGTERM
         for process in multiprocessing.active_children():
             process.kill()

@@ -36,6 +36,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is dep
 torch.set_num_threads(1)
 SCRIPT = Path(d2r.__file__)
 RESULTS = SCRIPT.parent / "results"
+sys.path.append(str(RESULTS))
 GOLDEN = json.loads((RESULTS / "golden.json").read_text())
 SMALL = "--num-modules 4 --module-width 16 --encoder-widths 32 32 --router-widths 16 --no-tensorboard"
 SMALL += " --eval-every 1000000 --eval-episodes 1 --episode-length 10"
@@ -470,9 +471,8 @@ def test_compiled_and_eager_losses_agree():
     torch.testing.assert_close((losses["static"], actions["static"]), (losses["skipping"], actions["skipping"]))
 
 
-def test_an_update_takes_few_operations(monkeypatch):
+def test_an_update_takes_few_operations():
     """Each is a kernel on a GPU, and their number is the time that an update takes there."""
-    monkeypatch.syspath_prepend(str(RESULTS))
     speed = importlib.import_module("speed")
     with speed.Operations() as count:
         a = torch.ones(3, 4)  # 1: empty and fill count once
@@ -485,7 +485,7 @@ def test_nothing_waits_for_the_host(monkeypatch):
     monkeypatch.setattr(torch.optim, "Adam", lambda groups, *rate, adam=torch.optim.Adam, **options: adam(groups))
     agent, batch = small_agent(device="meta")
     assert all(tensor.is_meta for tensor in agent.act(batch[0][:3].to("meta")))
-    replay = d2r.ReplayBuffer(30, 3, 5, 4, 4, 2, torch.device("meta"))
+    replay = d2r.ReplayBuffer(30, ["a", "b", "c"], 5, 4, 4, 2, torch.device("meta"))
     replay.size = 30
     losses = agent.update(*replay.sample(8))
     assert len(losses) == 3 and all(loss.is_meta and loss.shape == (3,) for loss in losses.values())
@@ -523,7 +523,7 @@ def test_cuda_graph_copies_its_inputs_and_replays(monkeypatch):
 def test_replay_wraps_around_and_samples_equally(E, chi_square):
     """The newest four steps of each environment, tasks and their copies alike: 3 and 11 degrees of freedom, p 0.001."""
     T, n, routes = 3, 3000, torch.randint(0, 256, (7, E * 3, 5, 2))
-    replay = d2r.ReplayBuffer(4 * E * T, T, 2, 1, 5, 2, torch.device("cpu"))
+    replay = d2r.ReplayBuffer(4 * E * T, ["a", "b", "c"], 2, 1, 5, 2, torch.device("cpu"))
     for t in range(7):
         tags = np.array([1000.0 * copy + 10 * t + task for copy in range(E) for task in range(T)])
         obs = np.stack([tags, -tags], -1)
@@ -540,6 +540,18 @@ def test_replay_wraps_around_and_samples_equally(E, chi_square):
     assert torch.equal(sampled.long(), routes[(tags % 1000 // 10).long(), environment.long()])
     assert torch.equal(obs, torch.stack([tags, -tags], -1)) and torch.equal(next_obs, obs + 0.5)
     assert torch.equal(action[:, 0], tags) and torch.equal(terminated, tags % 2 == 0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.inf, 1e39])  # the last one is infinite in float32
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
+def test_replay_takes_nothing_that_is_not_finite(bad):
+    replay = d2r.ReplayBuffer(4, ["a", "b"], 2, 1, 5, 2, torch.device("cpu"))
+    for what in ("reward", "observation"):
+        obs, reward, next_obs = np.zeros((4, 2)), np.zeros(4), np.zeros((4, 2))
+        (reward[3:] if what == "reward" else next_obs[3])[:] = bad
+        with pytest.raises(FloatingPointError, match=f"the {what} of b is not finite"):
+            replay.add(obs, np.zeros((4, 1)), reward, next_obs, np.zeros(4, bool), torch.zeros(4, 5, 2))
+    assert replay.size == 0
 
 
 # ---------------------------------------------------------------------------------------- environments and evaluation
@@ -926,6 +938,45 @@ def test_environments_that_do_not_fit_together_end_the_run(tmp_path, pendulums, 
     assert code == 1 and "observation spaces are not equivalent" in said
 
 
+def test_an_environment_that_hangs(tmp_path, pendulums, monkeypatch):
+    """Signals wait for it; one that comes ten seconds later ends the run. Nothing lives on, nor after kill -9."""
+    make_env = d2r.make_env
+
+    class Hanging(gym.Wrapper):
+        def step(self, action):
+            steps = self.steps = getattr(self, "steps", 0) + 1
+            if steps > 100:
+                time.sleep(1000)
+            return super().step(action)
+
+    monkeypatch.setattr(d2r, "make_env", lambda *options: Hanging(make_env(*options)))
+    for name in ("signals", "kill"):
+        options = f"{TWO_TASKS} --total-steps 1000 --log-every 20 --results-dir {tmp_path} --run-name {name}"
+        process = learner(tmp_path / "log", options.split())
+        workers = workers_after(process, tmp_path / name, 10)
+        if name == "signals":
+            os.killpg(process.pid, signal.SIGINT), os.killpg(process.pid, signal.SIGINT)
+            process.join(10.5)
+            assert process.is_alive()
+            os.killpg(process.pid, signal.SIGINT)
+            code, said = ended(process, tmp_path / "log")
+            assert code == 130 and said.endswith("\nerror: interrupted\n")
+        process.kill()
+        process.join()
+        assert_ended(workers)
+
+
+def test_a_run_has_one_process(tmp_path, pendulums, capsys):
+    process = learner(tmp_path / "log", [*ENDLESS.split(), "--results-dir", tmp_path, "--checkpoint-minutes", "0.001"])
+    workers_after(process, tmp_path / "run", 1)
+    before = (tmp_path / "run" / "args.json").read_bytes()
+    assert main("--resume", tmp_path / "run") == 2 and "another process has it" in capsys.readouterr().err
+    assert (tmp_path / "run" / "args.json").read_bytes() == before
+    process.kill()
+    process.join()
+    assert main("--resume", tmp_path / "run", "--total-steps", "20") == 0
+
+
 @pytest.mark.parametrize("what", ["reward", "observation", "weights"])
 def test_what_is_not_finite_stops_the_run(tmp_path, pendulums, monkeypatch, capsys, what):
     """The second task's rewards, its observation, or a critic's weight turn NaN in the 30th step with an update."""
@@ -958,7 +1009,7 @@ def test_what_is_not_finite_stops_the_run(tmp_path, pendulums, monkeypatch, caps
 def test_a_full_disk_leaves_the_last_files_whole(tmp_path, pendulums, capsys):
     """Writing more than so many bytes to a file fails: first args.json, and then the checkpoint."""
     assert run(tmp_path, f"{TWO_TASKS} --total-steps 60") == 0
-    names = ["args.json", "progress.csv", "checkpoint.pt", "actor.pt"]
+    names = ["args.json", "progress.csv", "checkpoint.pt", "actor.pt", "lock"]
     limits, _ = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     for size, kept in ((100, names), (100_000, names[2:])):
         before = [(tmp_path / "run" / name).read_bytes() for name in kept]
@@ -1076,7 +1127,6 @@ def test_torchrun(tmp_path):
 @pytest.fixture
 def figures(tmp_path, monkeypatch):
     """results/film.py and routing.py; a policy of two tasks whose routes change with the state; what it chooses."""
-    monkeypatch.syspath_prepend(str(RESULTS))
     film, routing = importlib.import_module("film"), importlib.import_module("routing")
     options, chosen = f"{TWO_TASKS} --envs-per-task 2".replace("5,10", "reach-v3,drawer-close-v3"), []
     args, _, _ = d2r.parse_arguments(options.split())
@@ -1156,31 +1206,20 @@ def test_film(figures, monkeypatch, capsys):
     assert capsys.readouterr().err == message + 2 * "error: --seconds must lie between 0.1 and 60\n"
 
 
-def test_mt10_figure(figures, tmp_path):
-    """Kept runs as their progress.csv has them, what was read off the terminal, and the published curves."""
-    plot, name = importlib.import_module("plot"), "MT10-gpu"
-    shutil.copytree(RESULTS / name, tmp_path / name)
+def test_mt10_figure(tmp_path):
+    """A kept run as its progress.csv has it, and what was read off the terminal."""
+    plot = importlib.import_module("plot")
+    shutil.copytree(RESULTS / "MT10-gpu", tmp_path / "MT10-gpu")
     assert plot.plot_mt10(tmp_path).read_bytes()[1:4] == b"PNG"
-    lines = {line.get_label(): line.get_xydata().tolist() for line in plot.plt.gca().get_lines()}
-    evaluated = [row for row in progress(tmp_path / name) if row["success"]]
-    points = [[float(row["global_step"]), float(row["success"])] for row in evaluated]
-    assert len(points) == 2 and lines[f"D2R, {name}"] == [*points, [750_000, 0.59], [1_000_000, 0.56]]
-    assert [len(lines[curve]) for curve in plot.PUBLISHED] == [7] * 4
-    assert lines["MTMHSAC, 1.4M parameters"][4] == [10_000_000, 0.86]
+    lines = {line.get_label(): line.get_ydata().tolist() for line in plot.plt.gca().get_lines()}
+    assert lines["D2R, MT10-gpu"] == [0.185, 0.485, 0.59, 0.56] and {*plot.PUBLISHED} < {*lines}
 
 
-@pytest.fixture
-def ablation(monkeypatch):
-    monkeypatch.syspath_prepend(str(RESULTS))
-    return importlib.import_module("ablation")
-
-
-def test_ablation(tmp_path, ablation, monkeypatch, capsys):
+def test_ablation(tmp_path, monkeypatch, capsys):
     """Starts, resumes, begins anew or leaves alone; a table of what is finished, checked by hand; bad options."""
-    commands = []
+    ablation, commands = importlib.import_module("ablation"), []
 
     def start(command, env, **options):
-        assert env["OMP_NUM_THREADS"] == "1"
         commands.append(" ".join(map(str, command[2:])))
         failed = int("--top-k 3 --seed 2" in commands[-1])
         return types.SimpleNamespace(wait=lambda: failed, returncode=failed)
@@ -1216,8 +1255,9 @@ def test_ablation(tmp_path, ablation, monkeypatch, capsys):
     assert main(*options, "--runs", tmp_path, function=ablation.main) == 1 and len(commands) == 4
 
 
-def test_the_kept_ablation_is_what_its_script_runs(ablation, tmp_path):
+def test_the_kept_ablation_is_what_its_script_runs(tmp_path):
     """Its arguments and table are those of the script at this commit."""
+    ablation = importlib.import_module("ablation")
     for directory in (RESULTS / "ablation").glob("*-seed*/"):
         name, _, seed = directory.name.rpartition("-seed")
         args, _, _ = d2r.parse_arguments(f"{ablation.ARGUMENTS} {ablation.VARIANTS[name]} --seed {seed}".split())
@@ -1253,9 +1293,8 @@ def test_change_the_environments(tmp_path, monkeypatch):
     obs, action, _, next_obs, _ = transitions(tmp_path / "run", 3, 1, 1, 3, 1, N=3)
     assert obs.shape == (200, 3, 3) and action.shape == (200, 3, 1) and action.abs().max() <= 1
     gravity, angle = torch.tensor([5.0, 10.0, 15.0]), torch.atan2(obs[..., 1], obs[..., 0])
-    torque = 2 * action[..., 0]  # Gymnasium's pendulum: torque in [-2, 2], mass 1, length 1, steps of 0.05 s
-    velocity = (obs[..., 2] + (1.5 * gravity * angle.sin() + 3 * torque) * 0.05).clamp(-8, 8)
-    close(next_obs[..., 2], velocity, 1e-4)
+    velocity = (obs[..., 2] + (1.5 * gravity * angle.sin() + 6 * action[..., 0]) * 0.05).clamp(-8, 8)
+    close(next_obs[..., 2], velocity, 1e-4)  # torque in [-2, 2], mass 1, length 1, steps of 0.05 s
     record = progress(tmp_path / "run")[-1]
     assert record["success"] == "nan" and float(record["return/15"]) < 0
     assert d2r.Agent(3, 1, 3, small_agent()[0].args).target_entropy == -1

@@ -286,12 +286,13 @@ def loop(env_id, batch_size, device, envs_per_task, *options) -> None:
     act, update = d2r.Agent.act, d2r.Agent.update
 
     class FullReplay(d2r.ReplayBuffer):
-        def __init__(self, capacity, T, obs_dim, action_dim, M, K, device):
+        def __init__(self, capacity, tasks, obs_dim, action_dim, M, K, device):
             start = time.time()
-            super().__init__(capacity, T, obs_dim, action_dim, M, K, device)
+            super().__init__(capacity, tasks, obs_dim, action_dim, M, K, device)
             self.size = capacity
             self.transitions.normal_()
             self.transitions[..., -1] = 0  # none terminated
+            T = len(tasks)
             logits = torch.zeros(T, M, M).masked_fill(torch.ones(M, M).triu(1) > 0, -torch.inf)
             self.routes.view(-1, T, M, K)[:] = d2r.sample_k(logits, K)
             filling.append(time.time() - start)
