@@ -391,6 +391,7 @@ class Agent(nn.Module):
         self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.full((num_tasks,), math.log(args.initial_alpha)))
         self.register_buffer("task", torch.arange(num_tasks), persistent=False)
+        self.register_buffer("left_out", torch.zeros(num_tasks), persistent=False)  # of so many updates
         self.target_entropy = -action_dim if args.target_entropy is None else args.target_entropy
         self.to(device)
         groups = [{"params": list(network.parameters())} for network in (self.actor, *critics)]
@@ -470,7 +471,9 @@ class Agent(nn.Module):
         losses["alpha_loss"] = -self.log_alpha * (log_prob.detach() + self.target_entropy).mean(-1)
         # NOTE: only in the authors' code, after PaCo: a task whose loss exceeds the limit is left out.
         total = sum(losses.values())
-        loss = torch.where(total > self.args.max_task_loss, 0.0, total).mean()
+        left_out = total > self.args.max_task_loss
+        self.left_out += left_out
+        loss = torch.where(left_out, 0.0, total).mean()
         # One backward pass serves all three: no two of them have a parameter in common.
         self.optimizer.zero_grad()
         loss.backward()
@@ -572,7 +575,8 @@ def make_envs(tasks: list[str], args: Args, seed: int):
     names = tasks * args.envs_per_task
 
     def make(i):  # each environment of a task has an order of goals of its own
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it dies with the learner, even while it hangs
+        if sys.platform == "linux":  # PR_SET_PDEATHSIG: it dies with the learner, even while it hangs
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)
         env = make_env(names[i], args, seed + i // len(tasks))
         return EpisodeSummary(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)))
 
@@ -656,7 +660,7 @@ def evaluate(agent: Agent, envs, tasks: list[str], episodes: int, stop: list) ->
 # How far a run is: steps are summed over tasks, environments and ranks; evaluated_at: step of the last evaluation.
 PROGRESS = {"global_step": 0, "updates": 0, "evaluated_at": 0, "seconds": 0.0}
 METRICS = ["success", "return", "modules_used", "train_success", "train_return"]
-METRICS += ["critic_loss", "actor_loss", "alpha_loss", "alpha", "temperature"]
+METRICS += ["critic_loss", "actor_loss", "alpha_loss", "alpha", "temperature", "left_out"]
 
 
 def write_file(path: Path, write) -> None:
@@ -677,6 +681,7 @@ class RunLog:
         self.tasks = tasks
         self.total_steps = args.total_steps
         self.last = copy.copy(run)
+        self.warned = []
         name = f"{args.env_id[:99]}-{args.goals}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         fresh = Path(args.results_dir, args.run_name or name)
         self.run_dir = Path(args.resume or fresh)
@@ -729,6 +734,10 @@ class RunLog:
         for name in ("train_success", "train_return"):
             line += f", {name} {record.get(name, math.nan):.2f}"
         say(line)
+        for task in self.tasks:
+            if record["left_out/" + task] == 1 and task not in self.warned:
+                say(f"{task} is left out of all updates: its losses exceed --max-task-loss; see --reward-scale")
+                self.warned.append(task)
 
 
 def save_run(log: RunLog | None, agent: Agent, replay: ReplayBuffer, run: SimpleNamespace) -> None:
@@ -835,15 +844,15 @@ def train(args: Args, tasks: list[str], saved: dict | None, stop: list) -> None:
             due |= run.global_step >= args.total_steps
             if log and (due or run.global_step % args.log_every < N * RANKS):
                 metrics = losses | {"alpha": agent.log_alpha.detach().exp()}  # a live graph would spoil a capture
-                if args.sample_k:
-                    metrics["temperature"] = agent.temperature()
+                metrics |= {"temperature": agent.temperature()} if args.sample_k else {}
+                metrics["left_out"] = agent.left_out / max(run.updates - log.last.updates, 1)
+                agent.left_out.zero_()
                 if all(ended):
                     means = np.array([np.mean(summaries, axis=0) for summaries in ended])
                     metrics |= {"train_success": means[:, 0], "train_return": means[:, 1]}
                     ended = [[] for _ in tasks]
                 if due:
-                    results = evaluate(agent, envs, tasks, args.eval_episodes, stop)
-                    metrics |= results
+                    metrics |= (results := evaluate(agent, envs, tasks, args.eval_episodes, stop))
                     run.evaluated_at = run.global_step if results else run.evaluated_at
                     obs, _ = envs.reset()  # the evaluation left episodes of its own
                 log.write(run, metrics)

@@ -913,6 +913,19 @@ def test_a_signal_during_an_evaluation(tmp_path, pendulums, monkeypatch, total):
     assert rows[4:] == ([(80, False), (100, False), (120, True)] if total == 120 else [])
 
 
+def test_a_task_whose_losses_are_too_large(tmp_path, pendulums, capsys):
+    """The share of updates that left it out is in progress.csv; the terminal tells it once."""
+    options = f"{TWO_TASKS} --total-steps 100 --log-every 20 --reward-scale 1000"
+    assert run(tmp_path, options) == 0
+    assert [record["left_out/10"] for record in progress(tmp_path / "run")] == ["0", "0", "1", "1", "1"]
+    assert capsys.readouterr().out.count("10 is left out of all updates: its losses exceed --max-task-loss") == 1
+    agent, batch = small_agent()
+    total = sum(agent.update(*batch).values())
+    agent.args.max_task_loss = total.sort().values[1:].mean().item()
+    agent.update(*batch)
+    assert agent.left_out.tolist() == (total == total.max()).float().tolist()
+
+
 def test_a_run_goes_on_where_nobody_reads(tmp_path, pendulums, monkeypatch):
     """As after `| head`."""
     reader, writer = os.pipe()
