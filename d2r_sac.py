@@ -578,9 +578,15 @@ def make_envs(tasks: list[str], args: Args, seed: int):
         if sys.platform == "linux":  # PR_SET_PDEATHSIG: it dies with the learner, even while it hangs
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)
         env = make_env(names[i], args, seed + i // len(tasks))
+        vectors = len(env.observation_space.shape) == len(env.action_space.shape) == 1
+        if not (vectors and env.action_space.is_bounded()):
+            raise ValueError(f"{names[i]}: observations and actions must be vectors, and actions bounded")
         return EpisodeSummary(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)))
 
-    envs = gym.vector.AsyncVectorEnv([partial(make, i) for i in range(len(names))], autoreset_mode="SameStep")
+    try:
+        envs = gym.vector.AsyncVectorEnv([partial(make, i) for i in range(len(names))], autoreset_mode="SameStep")
+    except Exception as error:  # noqa: BLE001 (environments fail in many ways)
+        check(False, f"the environments cannot be made: {str(error).splitlines()[0]}")
     try:
         yield envs
     except (EOFError, ConnectionError) as error:
@@ -703,9 +709,9 @@ class RunLog:
         write_file(self.run_dir / "args.json", lambda path: path.write_text(json.dumps(facts, indent=2)))
         columns = [*vars(run), "steps_per_second", *METRICS]
         columns += [f"{name}/{task}" for name in METRICS for task in tasks]
-        text = saved["log"] if saved else ",".join(columns) + "\n"  # as it was at the checkpoint
-        write_file(self.path, lambda path: path.write_text(text))
-        self.columns = text.partition("\n")[0].split(",")
+        self.text = saved["log"] if saved else ",".join(columns) + "\n"  # as it was at the checkpoint
+        write_file(self.path, lambda path: path.write_text(self.text))
+        self.columns = self.text.partition("\n")[0].split(",")
         self.tensorboard = None
         if args.tensorboard:
             with suppress(ImportError):
@@ -724,7 +730,10 @@ class RunLog:
             record[name] = float(np.mean(values))
             record |= {f"{name}/{task}": value for task, value in zip(self.tasks, values)}
         row = ",".join(f"{record[name]:.9g}" if name in record else "" for name in self.columns)
+        self.text += row + "\n"
         with open(self.path, "a") as file:
+            if file.tell() == 0:  # it was moved
+                file.write(",".join(self.columns) + "\n")
             file.write(row + "\n")
         if self.tensorboard:
             for name, value in record.items():
@@ -752,7 +761,7 @@ def save_run(log: RunLog | None, agent: Agent, replay: ReplayBuffer, run: Simple
     if log:
         args = asdict(agent.args)
         policy = {"args": args, "actor": agent.actor.state_dict()}
-        checkpoint = {"args": args, "progress": vars(run), "log": log.path.read_text()}
+        checkpoint = {"args": args, "progress": vars(run), "log": log.text}
         checkpoint |= {"agent": agent.state_dict(), "rings": rings_of_ranks}
         checkpoint["optimizer"] = agent.optimizer.state_dict()["state"]
         checkpoint["position"] = replay.position

@@ -771,6 +771,8 @@ def test_resume(tmp_path, pendulums, capsys):
     moved = [(newer["agent"][name] - value).abs().max() for name, value in old["agent"].items() if "actor" in name]
     assert max(moved) > 0.2  # at the new learning rate
     assert newer["optimizer"][0]["step"] == newer["progress"]["updates"] == 130  # Adam goes on where it was
+    maps = Path("/proc/self/maps").read_text()
+    assert "checkpoint.pt" not in maps  # it is not kept open
     capsys.readouterr()
     changes = {"--top-k 1": "top_k 2", "--env-id 10,5": "env_id 5,10", "--num-modules 3": "num_modules 4"}
     for option, message in (changes | {"--routing layer": "routing module"}).items():
@@ -926,6 +928,20 @@ def test_a_task_whose_losses_are_too_large(tmp_path, pendulums, capsys):
     assert agent.left_out.tolist() == (total == total.max()).float().tolist()
 
 
+def test_a_log_that_is_moved_gets_its_header_again(tmp_path, pendulums, monkeypatch):
+    """And a resume has all rows."""
+    write, path = d2r.RunLog.write, tmp_path / "run" / "progress.csv"
+
+    def moved(log, run, metrics):
+        if run.global_step == 40:
+            path.unlink()
+        write(log, run, metrics)
+
+    monkeypatch.setattr(d2r.RunLog, "write", moved)
+    assert run(tmp_path, f"{TWO_TASKS} --total-steps 60 --log-every 20") == 0 and steps(tmp_path / "run") == [40, 60]
+    assert main("--resume", tmp_path / "run") == 0 and steps(tmp_path / "run") == [20, 40, 60]
+
+
 def test_a_run_goes_on_where_nobody_reads(tmp_path, pendulums, monkeypatch):
     """As after `| head`."""
     reader, writer = os.pipe()
@@ -944,11 +960,19 @@ def test_a_dead_worker_ends_the_run(tmp_path, pendulums):
     assert code == 1 and said.endswith("error: the process of 10 died\n")
 
 
-def test_environments_that_do_not_fit_together_end_the_run(tmp_path, pendulums, monkeypatch):
+def test_environments_that_do_not_fit_end_the_run(tmp_path, pendulums, monkeypatch):
+    """Of different sizes; without a vector of actions; or one that cannot be made: one line."""
     monkeypatch.setattr(d2r, "make_env", lambda task, args, seed: gym.make(task))
-    options = f"--env-id Pendulum-v1,MountainCarContinuous-v0 --results-dir {tmp_path}"
-    code, said = ended(learner(tmp_path / "log", options.split()), tmp_path / "log")
-    assert code == 1 and "observation spaces are not equivalent" in said
+    for tasks, message in (
+        ("Pendulum-v1,MountainCarContinuous-v0", "spaces are not equivalent"),
+        ("CartPole-v1", "CartPole-v1: observations and actions must be vectors, and actions bounded"),
+        ("Pendulum-v1,Pendulum-v99", "cannot be made"),  # its worker has said why
+    ):
+        options = f"--env-id {tasks} --results-dir {tmp_path} --run-name {tasks[:9]}{len(tasks)}"
+        code, said = ended(learner(tmp_path / "log", options.split()), tmp_path / "log")
+        error = [line for line in said.splitlines() if line.startswith("error: ")]
+        assert code == 2 and len(error) == 1 and error[0].startswith("error: the environments cannot be made: ")
+        assert message in error[0]
 
 
 def test_an_environment_that_hangs(tmp_path, pendulums, monkeypatch):
