@@ -592,6 +592,8 @@ def make_envs(tasks: list[str], args: Args, seed: int):
     except (EOFError, ConnectionError) as error:
         time.sleep(1)  # the operating system knows a little later who it was
         dead = [name for name, process in zip(names, envs.processes) if not process.is_alive()]
+        if not dead:
+            raise
         raise ChildProcessError(f"the process of {', '.join(dead)} died") from error
     finally:
         for process in envs.processes:  # they have nothing to clean up

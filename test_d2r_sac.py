@@ -926,6 +926,9 @@ def test_a_task_whose_losses_are_too_large(tmp_path, pendulums, capsys):
     agent.args.max_task_loss = total.sort().values[1:].mean().item()
     agent.update(*batch)
     assert agent.left_out.tolist() == (total == total.max()).float().tolist()
+    batch[2][:8] = 1e30
+    assert agent.update(*batch)["critic_loss"][0] == math.inf and agent.left_out[0] > 0
+    assert all(parameter.isfinite().all() for parameter in agent.parameters())
 
 
 def test_a_log_that_is_moved_gets_its_header_again(tmp_path, pendulums, monkeypatch):
@@ -951,6 +954,12 @@ def test_a_run_goes_on_where_nobody_reads(tmp_path, pendulums, monkeypatch):
         assert run(tmp_path, f"{TWO_TASKS} --total-steps 60") == 0
         monkeypatch.undo()
     assert checkpoint(tmp_path / "run")["progress"]["evaluated_at"] == 60
+
+
+def test_no_worker_is_blamed_that_lives(pendulums):
+    args = types.SimpleNamespace(envs_per_task=1, episode_length=10)
+    with pytest.raises(ConnectionError, match="elsewhere"), d2r.make_envs(["5"], args, 0):
+        raise ConnectionError("elsewhere")
 
 
 def test_a_dead_worker_ends_the_run(tmp_path, pendulums):
