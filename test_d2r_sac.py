@@ -218,14 +218,15 @@ def routed(M, K, H, B, make_module=d2r.BaseModule, routing="module"):
     return network.run_modules, base, h, logits, routes, table
 
 
-SIZES = [(1, 1, 3, 2, "module"), (5, 2, 4, 3, "module"), (9, 3, 6, 4, "module"), (6, 6, 5, 3, "module")]
+SIZES = [(9, 3, 6, 4), (1, 1, 3, 2), (5, 2, 4, 3), (6, 6, 5, 3), (8, 2, 4, 3, "layer")]  # M, K, H, B
+CASES = [(name, size, "skipping") for name, size in itertools.product(MODULES, SIZES)]
+CASES += [("as it is", size, "static") for size in SIZES] + [(name, SIZES[0], "static") for name in MODULES]
 
 
-@FORMS
-@pytest.mark.parametrize("make_module", MODULES.values(), ids=MODULES)
-@pytest.mark.parametrize(("M", "K", "H", "B", "routing"), [*SIZES, (8, 2, 4, 3, "layer")])
-def test_resrouting_against_plain_autograd(M, K, H, B, routing, make_module, form):
-    run, base, h, logits, routes, table = routed(M, K, H, B, make_module, routing)
+@pytest.mark.parametrize(("name", "size", "form"), dict.fromkeys(CASES), ids=str)
+def test_resrouting_against_plain_autograd(name, size, form):
+    M, K, H, B, routing = (*size, "module")[:5]
+    run, base, h, logits, routes, table = routed(M, K, H, B, MODULES[name], routing)
     expected, leaves = plain(base.module, base.head, h, *table()), [h, logits, *base.parameters()]
     grad_output, options = torch.randn_like(expected), {"allow_unused": True, "materialize_grads": True}
     gradients = torch.autograd.grad(expected, leaves, grad_output, **options)
