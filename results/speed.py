@@ -297,11 +297,11 @@ def loop(env_id, batch_size, device, envs_per_task, *options) -> None:
             self.routes.view(-1, T, M, K)[:] = d2r.sample_k(logits, K)
             filling.append(time.time() - start)
 
-    def timed_act(agent, obs):
+    def timed_act(agent, obs, deterministic=False):
         acted_at.append(time.time() - float(os.environ["STARTED_AT"]) - filling[0])
         if len(acted_at) == 4:  # after that, a GPU's graph; shared pages once
             workers.extend(memory(p.pid, "smaps_rollup", "Pss:") for p in multiprocessing.active_children())
-        return act(agent, obs)
+        return act(agent, obs, deterministic)
 
     def timed_update(agent, *batch):
         start = time.perf_counter()
