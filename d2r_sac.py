@@ -762,7 +762,8 @@ def save_run(log: RunLog | None, agent: Agent, replay: ReplayBuffer, run: Simple
         torch.distributed.gather_object(rings, rings_of_ranks if log else None)
     if log:
         args = asdict(agent.args)
-        policy = {"args": args, "actor": agent.actor.state_dict()}
+        weights = {name: value.cpu() for name, value in agent.actor.state_dict().items()}
+        policy = {"args": args, "actor": weights}
         checkpoint = {"args": args, "progress": vars(run), "log": log.text}
         checkpoint |= {"agent": agent.state_dict(), "rings": rings_of_ranks}
         checkpoint["optimizer"] = agent.optimizer.state_dict()["state"]
