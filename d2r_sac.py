@@ -284,11 +284,11 @@ class BaseModule(nn.Linear):
 
 class D2RNetwork(nn.Module):
     """A routing network and its base modules: an actor (output: mean and log std), a critic (output: Q), or any other.
-    top_k 0: soft routing over all allowed sources. make_module(width_in, width_out): makes a base module."""
+    top_k 0: soft routing over all allowed sources. make_module(width_in, width_out): makes what BaseModule is else."""
 
     def __init__(self, input_dim, output_dim, num_tasks, num_modules=16, top_k=2, module_width=128,
                  encoder_widths=(400, 400), router_widths=(256, 256), resrouting=True, routing="module",
-                 parallel_modules=4, make_module=BaseModule):  # fmt: skip
+                 parallel_modules=4, make_module=None):  # fmt: skip
         super().__init__()
         if not 0 <= top_k <= num_modules:
             raise ValueError(f"top_k, {top_k}, must lie between 0 and num_modules, {num_modules}")
@@ -297,7 +297,7 @@ class D2RNetwork(nn.Module):
         allowed = allowed_sources(num_modules, routing, parallel_modules)
         self.routing_network = RoutingNetwork(input_dim, num_tasks, allowed, encoder_widths, router_widths)
         widths = [encoder_widths[-1]] + [module_width] * num_modules
-        modules = nn.ModuleList(make_module(a, b) for a, b in pairwise(widths))
+        modules = nn.ModuleList((make_module or BaseModule)(a, b) for a, b in pairwise(widths))
         head = init(nn.Linear(module_width, output_dim), head=True)
         self.base_modules = nn.ModuleDict({"module": modules, "head": head})
 

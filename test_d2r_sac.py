@@ -348,6 +348,13 @@ def test_golden_temperatures_and_ablations():
         assert network(torch.randn(3, width), agent.task)[1][0, 1:3].tolist() == [[0, 0], [1, 1]]
 
 
+def test_a_module_of_ones_own_reaches_the_agent(monkeypatch):
+    monkeypatch.setattr(d2r, "BaseModule", MODULES["SiLU"])
+    agent, batch = small_agent()
+    assert all(str(module[1]) == "SiLU()" for module in agent.actor.base_modules.module)
+    assert all(loss.isfinite().all() for loss in agent.update(*batch).values())
+
+
 def test_parameter_counts_and_initialisation():
     args, tasks, _ = d2r.parse_arguments(["--env-id", "MT10"])
     agent = d2r.Agent(39, 4, len(tasks), args)
