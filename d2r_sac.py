@@ -575,8 +575,8 @@ def make_envs(tasks: list[str], args: Args, seed: int):
     names = tasks * args.envs_per_task
 
     def make(i):  # each environment of a task has an order of goals of its own
-        if sys.platform == "linux":  # PR_SET_PDEATHSIG: it dies with the learner, even while it hangs
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+        if sys.platform == "linux" and multiprocessing.parent_process():  # in a worker
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it dies with the learner, even if it hangs
         env = make_env(names[i], args, seed + i // len(tasks))
         vectors = len(env.observation_space.shape) == len(env.action_space.shape) == 1
         if not (vectors and env.action_space.is_bounded()):
@@ -586,7 +586,7 @@ def make_envs(tasks: list[str], args: Args, seed: int):
     try:
         envs = gym.vector.AsyncVectorEnv([partial(make, i) for i in range(len(names))], autoreset_mode="SameStep")
     except Exception as error:  # noqa: BLE001 (environments fail in many ways)
-        check(False, f"the environments cannot be made: {str(error).splitlines()[0]}")
+        check(False, f"the environments cannot be made: {error!r}".splitlines()[0])
     try:
         yield envs
     except (EOFError, ConnectionError) as error:

@@ -5,6 +5,7 @@ with it; then the program, on the real Meta-World, on pendulums, and where it fa
 import collections
 import contextlib
 import csv
+import ctypes
 import importlib.util
 import itertools
 import json
@@ -611,6 +612,9 @@ def test_evaluation_by_hand(monkeypatch, capsys):
         with pytest.raises(FloatingPointError, match="the policy's actions are not finite"):
             d2r.evaluate(agent, envs, ["a", "b"], 4, [])
     assert not multiprocessing.active_children()
+    signal_at_death = ctypes.c_int()
+    ctypes.CDLL(None).prctl(2, ctypes.byref(signal_at_death))  # PR_GET_PDEATHSIG
+    assert signal_at_death.value == 0  # only the workers die with their parent, not the learner
     assert results["success"][0] == pytest.approx(2 / 6) and math.isnan(results["success"][1])
     assert results["return"].tolist() == pytest.approx([(2 + 9 + 3) / 3, (1 + 1 + 6) / 3])
     assert results["modules_used"].tolist() == pytest.approx([5 / 3, 1])
