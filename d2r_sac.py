@@ -775,13 +775,14 @@ def save_run(log: RunLog | None, agent: Agent, replay: ReplayBuffer, run: Simple
 def load_run(saved: dict, agent: Agent, replay: ReplayBuffer) -> None:
     """Put a checkpoint into a fresh agent and replay. The learning rates stay those of the arguments."""
     agent.load_state_dict(saved["agent"])
-    agent.optimizer.load_state_dict(agent.optimizer.state_dict() | {"state": saved["optimizer"]})
+    state = copy.deepcopy(saved["optimizer"])  # the optimizer keeps what it is given
+    agent.optimizer.load_state_dict(agent.optimizer.state_dict() | {"state": state})
     transitions, routes = saved["rings"][RANK]
     replay.position = saved["position"]
     replay.size = len(routes)
     replay.transitions[: replay.size] = transitions
     replay.routes[: replay.size] = routes
-    saved.clear()  # else its file would stay mapped
+    saved.clear()  # else the file would stay mapped
 
 
 # ------------------------------------------------------------------------------------------------------- training loop
