@@ -623,7 +623,7 @@ def test_evaluation_by_hand(monkeypatch, capsys):
 
 # -------------------------------------------------------------------------------------------------------- end to end
 TWO_TASKS = f"--env-id 5,10 --learning-starts 40 --buffer-size 2000 --batch-size 16 {SMALL}"
-ENDLESS = f"{TWO_TASKS} --total-steps 1000000 --log-every 100 --run-name run"
+ENDLESS = f"{TWO_TASKS} --total-steps 1000000 --log-every 20 --run-name run"
 
 
 @pytest.fixture(autouse=True)
@@ -898,12 +898,12 @@ def test_kill_and_signals(tmp_path, pendulums):
     assert done > 0 and len(workers) == 2
     for number in (signal.SIGTERM, signal.SIGINT):
         process = learner(log, ["--resume", run_dir, "--checkpoint-minutes", "60"])
-        workers += workers_after(process, run_dir, done // 100 + 3)
+        workers += workers_after(process, run_dir, done // 20 + 3)
         for _ in range(2000):  # as of a terminal or a batch system: the workers get it too, and it comes repeatedly
             os.killpg(process.pid, number)
         code, said = ended(process, log)
         assert code == 0 and "ended at step" in said and "Traceback" not in said
-        assert steps(run_dir) == list(range(100, steps(run_dir)[-1] + 1, 100))
+        assert steps(run_dir) == list(range(20, steps(run_dir)[-1] + 1, 20))
         before, done = done, checkpoint(run_dir)["progress"]["global_step"]
         assert done >= steps(run_dir)[-1] > before
     assert_ended(workers)
