@@ -697,7 +697,7 @@ class RunLog:
         vacant = args.resume or not (self.run_dir / "args.json").exists()
         check(vacant, f"--run-name: {self.run_dir} holds a run; choose another, --resume or delete it")
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        self.lock = open(self.run_dir / "lock", "w")  # noqa: SIM115
+        self.lock = open(self.run_dir / ".lock", "w")  # noqa: SIM115
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

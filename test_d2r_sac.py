@@ -1069,7 +1069,7 @@ def test_what_is_not_finite_stops_the_run(tmp_path, pendulums, monkeypatch, caps
 def test_a_full_disk_leaves_the_last_files_whole(tmp_path, pendulums, capsys):
     """Writing more than so many bytes to a file fails: first args.json, and then the checkpoint."""
     assert run(tmp_path, f"{TWO_TASKS} --total-steps 60") == 0
-    names = ["args.json", "progress.csv", "checkpoint.pt", "actor.pt", "lock"]
+    names = ["args.json", "progress.csv", "checkpoint.pt", "actor.pt", ".lock"]
     limits, _ = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     for size, kept in ((100, names), (100_000, names[2:])):
         before = [(tmp_path / "run" / name).read_bytes() for name in kept]
