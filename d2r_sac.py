@@ -805,7 +805,7 @@ def make_agent(args: Args, envs, T: int) -> Agent:
 
 
 def train(args: Args, tasks: list[str], saved: dict | None, stop: list) -> None:
-    """Train until --total-steps or a signal in `stop`; with --evaluate only evaluate. Raises FloatingPointError and OSError."""
+    """Train until --total-steps or a signal in `stop`; with --evaluate only evaluate. Raises what main catches."""
     T = len(tasks)
     run = SimpleNamespace(**(saved["progress"] if args.resume else PROGRESS))
     log = RunLog(args, tasks, run, saved) if RANK == 0 and not args.evaluate else None
@@ -963,11 +963,11 @@ def main(argv: list[str] | None = None) -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, handle)
-    args, tasks, saved = parse_arguments(argv)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(args.torch_deterministic)
-    torch.manual_seed(args.seed)
     try:
+        args, tasks, saved = parse_arguments(argv)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(args.torch_deterministic)
+        torch.manual_seed(args.seed)
         train(args, tasks, saved, stop)
     except (FloatingPointError, OSError) as error:
         sys.exit(f"error: {error}")
