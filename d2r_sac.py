@@ -234,20 +234,19 @@ def allowed_sources(M: int, routing: str, P: int) -> Tensor:
 class MixSources(torch.autograd.Function):
     """x_i = sum_j w_ij o_j with the gradients of ResRouting.
     The actor's replayed routes were chosen by an older policy, the critics' are drawn at a temperature: today's routing
-    would rarely send some of these samples to module j, so it should not learn from them. Where edge (i, j) is not kept (see
+    rarely sends some of these samples to module j, so it should not learn from them. Where edge (i, j) is not kept (see
     gradient_kept), module i reads o_j = f_j + x_j as stop_gradient(f_j) + x_j: f_j is not trained, but the modules
     before it are. The shortcut, which adds x_i to f_i, is never blocked. With g_i the gradient of what module i reads,
     and grad x_i that of the shortcut:
 
         grad f_j = sum_i w_ij (kept_ij g_i + grad x_i)      grad x_j = sum_i w_ij (g_i + grad x_i)
 
-    All outputs lie in one tensor o (S, H), a slot for each module and sample. The values of the tape (S, 2, H) are never
-    read. It runs through all mixings, so that its gradient, on the way back, collects grad f_j in [:, 0] and grad x_j
-    in [:, 1]."""
+    All outputs lie in one tensor o (S, H), a slot for each module and sample. The tape (S, 2, H) is never read. It runs
+    through all mixings, so that its gradient, on the way back, collects grad f_j in [:, 0] and grad x_j in [:, 1]."""
 
     @staticmethod
     def forward(ctx, tape, o, f, x, previous, w, w_fx, slots):
-        """Stores o = f + x of module i - 1 in its slots `previous`; then mixes the sources of module i, which B_i samples
+        """Stores o = f + x of module i - 1 in its slots `previous`, and mixes the sources of module i, which B_i samples
         use. w, slots (B_i, K), w_fx (B_i, K, 2): w_ij kept_ij, the share of g_i for f_j, and w_ij, the share for x_j.
         Returns the tape and x_i (B_i, H) twice: for module i, which may work in place, and for the shortcut."""
         torch.add(f, x, out=o[previous])
@@ -312,8 +311,8 @@ class D2RNetwork(nn.Module):
         return self.run_modules(h, logits, routes), routes
 
     def run_modules(self, h: Tensor, logits: Tensor, routes: Tensor) -> Tensor:
-        """h (B, encoder_widths[-1]), logits (B, M, M), routes (B, M, K) -> output. On a CPU a forbidden edge is a ValueError.
-        On a CPU a module is computed only for the samples that use it; on a GPU for all, since shapes must be static."""
+        """h (B, encoder_widths[-1]), logits (B, M, M), routes (B, M, K) -> output. A forbidden edge: ValueError (CPU).
+        A CPU computes a module only for the samples that use it; a GPU for all, since shapes must be static."""
         B, M, _ = routes.shape
         logits = logits.transpose(0, 1)  # (M, B, M)
         sources = routes.transpose(0, 1).contiguous().long()  # (M, B, K)
@@ -460,7 +459,7 @@ class Agent(nn.Module):
         return (alpha * log_prob - q).mean(-1), log_prob
 
     def update(self, obs, action, reward, next_obs, terminated, routes) -> dict[str, Tensor]:
-        """One step on all losses. Arguments (T * n, ...), task by task. Returns the weighted losses of each task, (T,)."""
+        """One step on all losses. Arguments (T * n, ...), task by task. Returns each task's weighted losses, (T,)."""
         task = self.task.repeat_interleave(len(obs) // len(self.task))  # (B,)
         critic_loss, (actor_loss, log_prob) = side_by_side(
             lambda: self.critic_loss(obs, action, reward, next_obs, terminated, task),

@@ -198,7 +198,7 @@ MODULES = {
 
 
 def routed(M, K, H, B, make_module=d2r.BaseModule, routing="module"):
-    """A network, random parameters of its modules; leaves h and logits; routes; and w, kept as the oracle takes them."""
+    """A network with random parameters; leaves h and logits; routes; and w, kept as the oracle takes them."""
     torch.manual_seed(1)
     network = d2r.D2RNetwork(3, 2, 2, M, K, H, (7,), (), routing=routing, make_module=make_module).double()
     base = network.base_modules
@@ -388,7 +388,7 @@ def test_action_distribution():
 
 @pytest.mark.parametrize(("max_task_loss", "form"), [(3e3, "skipping"), (None, "skipping"), (None, "static")])
 def test_each_part_gets_the_gradient_of_its_own_loss_alone(max_task_loss, form):
-    """So the critics get none from the actor's loss. With max_task_loss None, the limit is such that one task exceeds it."""
+    """So the critics get none from the actor's loss. max_task_loss None: a limit that one task exceeds."""
     agent, batch = small_agent(sample_k=False, max_grad_norm=1e9)
     for parameter in agent.target_critics.parameters():
         parameter.mul_(1.1)  # they begin as copies of the critics
