@@ -246,7 +246,7 @@ class MixSources(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, tape, o, f, x, previous, w, w_fx, slots):
-        """Stores o = f + x of module i - 1 in its slots `previous`, and mixes the sources of module i, which B_i samples
+        """Stores o = f + x of module i - 1 in its slots `previous`; mixes the sources of module i, which B_i samples
         use. w, slots (B_i, K), w_fx (B_i, K, 2): w_ij kept_ij, the share of g_i for f_j, and w_ij, the share for x_j.
         Returns the tape and x_i (B_i, H) twice: for module i, which may work in place, and for the shortcut."""
         torch.add(f, x, out=o[previous])
