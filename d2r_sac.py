@@ -143,7 +143,7 @@ def mlp(widths) -> nn.Sequential:
     """Linear layers with ReLU between them and no activation at the end."""
     layers = []
     for width_in, width_out in pairwise(widths):
-        layers += [nn.ReLU(), init(nn.Linear(width_in, width_out))]
+        layers += [nn.ReLU(inplace=True), init(nn.Linear(width_in, width_out))]
     return nn.Sequential(*layers[1:])
 
 
@@ -187,27 +187,27 @@ def sample_k(logits: Tensor, K: int) -> Tensor:
 def routing_weights(logits: Tensor, routes: Tensor) -> Tensor:
     """Softmax of the logits over the chosen sources, each counted once: (B, M, M), (B, M, K) -> (B, M, K).
     The temperature of Sample-K has no part in it: it changes which sources are tried, not how they are mixed."""
-    same = routes[..., :, None] == routes[..., None, :]
-    repeated = same.tril(-1).any(-1)
-    return logits.gather(-1, routes).masked_fill(repeated, -torch.inf).softmax(-1)
+    repeated = [(routes[..., :k] == routes[..., k : k + 1]).any(-1) for k in range(routes.shape[-1])]
+    z = logits.gather(-1, routes).masked_fill(torch.stack(repeated, dim=-1), -torch.inf)
+    return z.movedim(-1, 0).softmax(0).movedim(0, -1)  # over a short last dimension a CPU is slow
 
 
 def gradient_kept(logits: Tensor) -> Tensor:
     """ResRouting: true for the edges that today's routing is likely to take, p_ij > 1 / (i + 1). (B, M, M).
     p_i is the softmax of module i's logits, at temperature 1, over the i sources that it may choose from."""
-    num_sources = (logits > -torch.inf).sum(-1, keepdim=True, dtype=logits.dtype)  # i
+    num_sources = (logits[:1] > -torch.inf).sum(-1, keepdim=True, dtype=logits.dtype)  # i, for all samples the same
     return logits.softmax(-1) > 1 / (num_sources + 1)
 
 
 def used_modules(routes: Tensor) -> Tensor:
     """The modules that the chosen edges connect to the head: (B, M, K) -> (B, M) bool. Their number is the depth."""
     B, M, _ = routes.shape
-    chosen = torch.zeros(B, M, M, dtype=torch.bool, device=routes.device)
-    rows = chosen.scatter_(-1, routes.long(), True).unbind(1)
+    chosen = torch.zeros(M, M, B, dtype=torch.bool, device=routes.device)
+    rows = chosen.scatter_(1, routes.permute(1, 2, 0).long(), True)
     used = rows[-1]  # the head's sources
     for i in range(M - 1, 0, -1):
-        used = used | (used[:, i : i + 1] & rows[i - 1])  # where module i is used, its sources are
-    return used
+        used = used | (used[i] & rows[i - 1])  # where module i is used, its sources are
+    return used.T
 
 
 def allowed_sources(M: int, routing: str, P: int) -> Tensor:
@@ -250,16 +250,17 @@ class MixSources(torch.autograd.Function):
         use. w, slots (B_i, K), w_fx (B_i, K, 2): w_ij kept_ij, the share of g_i for f_j, and w_ij, the share for x_j.
         Returns the tape and x_i (B_i, H) twice: for module i, which may work in place, and for the shortcut."""
         torch.add(f, x, out=o[previous])
-        picked = F.embedding(slots, o)  # (B_i, K, H)
+        ctx.o = o  # not saved: later modules write into it, but not into these slots
         ctx.previous = previous
-        ctx.save_for_backward(w, w_fx, slots, picked)
-        mixed = (picked * w[..., None]).sum(1)
+        ctx.save_for_backward(w, w_fx, slots)
+        mixed = F.embedding_bag(slots, o, mode="sum", per_sample_weights=w)
         return torch.empty_like(tape), mixed, mixed.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_tape, g, grad_shortcut):
-        w, w_fx, slots, picked = ctx.saved_tensors
+        w, w_fx, slots = ctx.saved_tensors
+        picked = F.embedding(slots, ctx.o)  # (B_i, K, H)
         grad_w = (picked * (g + grad_shortcut)[:, None]).sum(-1)
         grad_o = w_fx[..., None] * g[:, None, None]  # (B_i, K, 2, H)
         grad_o.addcmul_(w[..., None, None], grad_shortcut[:, None, None])
@@ -278,7 +279,7 @@ class BaseModule(nn.Linear):
         init(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(super().forward(x))
+        return super().forward(x).relu_()
 
 
 class D2RNetwork(nn.Module):
@@ -314,14 +315,13 @@ class D2RNetwork(nn.Module):
         """h (B, encoder_widths[-1]), logits (B, M, M), routes (B, M, K) -> output. A forbidden edge: ValueError (CPU).
         A CPU computes a module only for the samples that use it; a GPU for all, since shapes must be static."""
         B, M, _ = routes.shape
-        logits = logits.transpose(0, 1)  # (M, B, M)
-        sources = routes.transpose(0, 1).contiguous().long()  # (M, B, K)
+        sources = routes.long()
         w = routing_weights(logits, sources)
         w_f = w
         if self.resrouting and torch.is_grad_enabled():
             w_f = w * gradient_kept(logits).gather(-1, sources)
         w_fx = torch.stack([w_f, w], dim=-1).detach()
-        slots = sources * B + torch.arange(B, device=h.device)[:, None]  # j B + b
+        slots = sources * B + torch.arange(B, device=h.device)[:, None, None]  # j B + b
         counts = [B] * (M + 1)  # samples for which each module, and the head, is computed
         rows = slice(None)  # of the flattened (module, sample) pairs
         if h.is_cpu and not torch.compiler.is_compiling():
@@ -331,7 +331,7 @@ class D2RNetwork(nn.Module):
             counts = used.sum(1).tolist()
             slots = (used.flatten().cumsum(0) - 1)[slots]  # only used outputs have a slot
             rows = used[1:].flatten().nonzero().squeeze(1)
-        w, w_fx, slots = [t.flatten(0, 1)[rows].split(counts[1:]) for t in (w, w_fx, slots)]
+        w, w_fx, slots = [t.transpose(0, 1).flatten(0, 1)[rows].split(counts[1:]) for t in (w, w_fx, slots)]
         first, *readers = [*self.base_modules.module, self.base_modules.head]
         f = first(F.relu(h))  # used by all
         x = torch.zeros_like(f)  # o_0 = f_0
