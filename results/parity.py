@@ -1,16 +1,21 @@
 # SPDX-License-Identifier: MIT
-"""Compare d2r_sac.py with the authors' code: python results/parity.py CHECKOUT [--updates 6].
+"""Compare d2r_sac.py with the authors' code.
+
+    python results/parity.py CHECKOUT                   outputs, gradients and six updates, in float64
+    python results/parity.py CHECKOUT --time 1280       how long updates of this batch take, in turns, in float32
 
 CHECKOUT is a clone of github.com/DarkDawn233/D2R_MTRL, of which the networks, the policy and algo/mt_sac.py are taken.
 In float64, at the size of MT10 (10 tasks, 16 modules of 128), from the same random weights, inputs, routes and noise, it
 prints the worst relative difference, |ours - theirs| / max |theirs|, over all entries of all tensors. Two things are set
 so that both can compute the same: the epsilon of 1e-6 in the authors' log-probability is 0, and in the updates Sample-K
-is off, since its draws cannot be shared.
+is off, since its draws cannot be shared. When they are timed it is on.
 """
 
 import argparse
+import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -89,13 +94,13 @@ def compare_networks(FlattenDepthRouteNet):
     print(f"\n{blocked.double().mean():.0%} of the foreign routes' edges are ones that ResRouting blocks.\n")
 
 
-def compare_updates(updates, DepthRoutePolicy, FlattenDepthRouteNet, MTSAC, TanhNormal):
-    """All weights after whole updates."""
-    TanhNormal.__init__.__defaults__ = (0.0,)  # epsilon
-    args, _, _ = d2r.parse_arguments(["--env-id", "MT10", "--batch-size", str(T * N), "--no-sample-k"])
+def agents(batch_size, sample_k, DepthRoutePolicy, FlattenDepthRouteNet, MTSAC):
+    """Their agent and ours, and pairs of their networks and ours, with the same weights."""
+    options = ["--env-id", "MT10", "--batch-size", str(batch_size), *([] if sample_k else ["--no-sample-k"])]
+    args, _, _ = d2r.parse_arguments(options)
     agent = d2r.Agent(OBS, ACTION, T, args)
-    networks = [their_network(DepthRoutePolicy, 2 * ACTION, [OBS], True, False)]
-    networks += [their_network(FlattenDepthRouteNet, 1, [OBS, ACTION], True, False) for _ in range(2)]
+    networks = [their_network(DepthRoutePolicy, 2 * ACTION, [OBS], True, sample_k)]
+    networks += [their_network(FlattenDepthRouteNet, 1, [OBS, ACTION], True, sample_k) for _ in range(2)]
     with tempfile.TemporaryDirectory() as directory:
         theirs = MTSAC(
             "depthroute", {"task_nums": T, "action_shape": (ACTION,)}, save_dir=directory, discount=0.99, tau=0.005,
@@ -108,29 +113,60 @@ def compare_updates(updates, DepthRoutePolicy, FlattenDepthRouteNet, MTSAC, Tanh
         copied(network, own)
     theirs.log_alpha.data = torch.linspace(-2, 0, T)
     agent.log_alpha.data = theirs.log_alpha.data.clone()
-    before, noise = [parameter.data.clone() for parameter in networks[0].parameters()], []
+    return theirs, agent, both
+
+
+def random_batch(agent, n):
+    """n samples of each task, with routes of our actor: as they take them, and as we do."""
+    obs, next_obs, action = torch.randn(T * n, OBS), torch.randn(T * n, OBS), 2 * torch.rand(T * n, ACTION) - 1
+    reward, terminated = 10 * torch.rand(T * n), torch.rand(T * n) < 0.1
+    task, one_hot = agent.task.repeat_interleave(n), torch.eye(T).repeat_interleave(n, 0)
+    with torch.no_grad():
+        routes = d2r.sample_k(agent.actor.routing_network(obs, task)[1] / 5, K)
+    chosen = torch.zeros(T * n, M, M).scatter(-1, routes, 1.0)[:, *torch.tril_indices(M, M)]
+    batch = {"obs": torch.cat([obs, one_hot], -1), "next_obs": torch.cat([next_obs, one_hot], -1), "acts": action}
+    batch |= {"rewards": 0.1 * reward[:, None], "terminals": terminated[:, None].to(obs), "gates_onehot": chosen}
+    batch["task_idxs"] = task[:, None]
+    batch = {name: value.unflatten(0, (T, n)).transpose(0, 1).numpy() for name, value in batch.items()}
+    return batch, (obs, action, reward, next_obs, terminated, routes.to(torch.uint8))
+
+
+def compare_time(batch_size, *kinds):
+    """Updates in turns: six rounds of six each, the first of which does not count."""
+    theirs, agent, _ = agents(batch_size, True, *kinds)
+    their_batch, batch = random_batch(agent, batch_size // T)
+    updates = {"theirs": lambda: theirs.update(their_batch), "ours": lambda: agent.update(*batch)}
+    seconds = {name: [] for name in updates}
+    for _ in range(6):
+        for name, update in updates.items():
+            for call in range(6):
+                start = time.perf_counter()
+                update()
+                seconds[name] += [time.perf_counter() - start] if call else []
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    print(f"An update of {batch_size}, {torch.get_num_threads()} threads, medians of 30: ", end="")
+    print(", ".join(f"{name} {1e3 * median:.1f} ms" for name, median in medians.items()), end="; ")
+    print(f"{medians['theirs'] / medians['ours']:.2f} times as fast")
+
+
+def compare_updates(updates, kinds, TanhNormal):
+    """All weights after whole updates."""
+    TanhNormal.__init__.__defaults__ = (0.0,)  # epsilon
+    theirs, agent, both = agents(T * N, False, *kinds)
+    policy = both[0][0]
+    before, noise = [parameter.data.clone() for parameter in policy.parameters()], []
     TanhNormal.rsample = lambda self, return_pretanh_value: (
         (u := self.normal_mean + self.normal_std * noise.pop().unflatten(0, (T, N)).transpose(0, 1)).tanh(), u
     )  # fmt: skip
     torch.randn_like = lambda mean: noise.pop()
-    one_hot = torch.eye(T).repeat_interleave(N, 0)
     for _ in range(updates):
-        obs, next_obs, action = torch.randn(T * N, OBS), torch.randn(T * N, OBS), 2 * torch.rand(T * N, ACTION) - 1
-        reward, terminated = 10 * torch.rand(T * N), torch.rand(T * N) < 0.1
-        with torch.no_grad():
-            logits = agent.actor.routing_network(obs, agent.task.repeat_interleave(N))[1]
-            routes = d2r.sample_k(logits / 5, K)
-        chosen = torch.zeros(T * N, M, M).scatter(-1, routes, 1.0)[:, *torch.tril_indices(M, M)]
-        batch = {"obs": torch.cat([obs, one_hot], -1), "next_obs": torch.cat([next_obs, one_hot], -1), "acts": action}
-        batch |= {"rewards": 0.1 * reward[:, None], "terminals": terminated[:, None].double(), "gates_onehot": chosen}
-        batch["task_idxs"] = agent.task.repeat_interleave(N)[:, None]
-        batch = {name: value.unflatten(0, (T, N)).transpose(0, 1).numpy() for name, value in batch.items()}
+        their_batch, batch = random_batch(agent, N)
         of_obs, of_next_obs = torch.randn(2, T * N, ACTION)
         noise[:] = [of_next_obs, of_obs]  # they begin with the actor
-        theirs.update(batch)
+        theirs.update(their_batch)
         noise[:] = [of_obs, of_next_obs]
-        agent.update(obs, action, reward, next_obs, terminated, routes.to(torch.uint8))
-    moved = max(difference(old, parameter.data) for old, parameter in zip(before, networks[0].parameters()))
+        agent.update(*batch)
+    moved = max(difference(old, parameter.data) for old, parameter in zip(before, policy.parameters()))
     worst = max(difference(parameter.data, weight.data) for nets in both for parameter, weight in pairs(*nets))
     print(f"| weights of actor, critics and targets after {updates} updates | {worst:.1e} |")
     print(f"| log alpha after {updates} updates | {difference(theirs.log_alpha.data, agent.log_alpha.data):.1e} |")
@@ -141,6 +177,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkout", type=Path)
     parser.add_argument("--updates", type=int, default=6)
+    parser.add_argument("--time", type=int, help="batch of the updates that are timed")
     options = parser.parse_args()
     sys.path.insert(0, str(options.checkout))
     from torchrl.algo.mt_sac import MTSAC
@@ -148,12 +185,15 @@ def main() -> None:
     from torchrl.policies import DepthRoutePolicy
     from torchrl.policies.distribution import TanhNormal
 
-    torch.set_default_dtype(torch.float64)
     torch.manual_seed(0)
+    kinds = DepthRoutePolicy, FlattenDepthRouteNet, MTSAC
+    if options.time:
+        return compare_time(options.time, *kinds)
+    torch.set_default_dtype(torch.float64)
     print("| float64, seed 0 | worst relative difference |\n|---|---|")
     compare_networks(FlattenDepthRouteNet)
     print("| float64, seed 0 | worst relative difference |\n|---|---|")
-    compare_updates(options.updates, DepthRoutePolicy, FlattenDepthRouteNet, MTSAC, TanhNormal)
+    compare_updates(options.updates, kinds, TanhNormal)
 
 
 if __name__ == "__main__":
