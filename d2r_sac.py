@@ -32,6 +32,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -74,7 +75,7 @@ class Args:
     buffer_size: int | None = None  # transitions (MT10 1M, MT50 10M, else 100,000 per task)
     batch_size: int | None = None  # samples of an update, equally many of each task (128 each)
     learning_starts: int | None = None  # environment steps before updates begin (4,000 per task)
-    eval_every: int | None = None  # environment steps between evaluations (a 100th of the run, or an evaluation's)
+    eval_every: int | None = None  # environment steps between evaluations (a 100th of the run)
     eval_episodes: int = 32  # episodes of each task in an evaluation
     # Networks and routing
     num_modules: int = 16  # M, base modules of a network
@@ -104,11 +105,12 @@ class Args:
     torch_deterministic: bool = False  # deterministic algorithms; float32, not TF32, on CUDA
     results_dir: str = "results"  # directory of the run directories
     run_name: str | None = None  # name of the run's directory (benchmark, goals, seed and time)
-    resume: str | None = None  # directory of a run to go on with; options override its own
-    evaluate: str | None = None  # an actor.pt: evaluate this policy, and train nothing
+    resume: str | None = None  # a run's directory: go on with it; options override its own
+    evaluate: str | None = None  # a run or its actor.pt: evaluate this policy, and train nothing
     log_every: int = 10_000  # environment steps between rows of progress.csv
     checkpoint_minutes: float = 10.0  # there is also one at the end, and at SIGINT or SIGTERM
     tensorboard: bool = True  # write TensorBoard events, where it is installed
+    track: bool = False  # send them to Weights & Biases, too (pip install wandb)
 
 
 def check(condition, message: str) -> None:
@@ -118,10 +120,16 @@ def check(condition, message: str) -> None:
         sys.exit(2)
 
 
-def say(line: str) -> None:
-    """Prints a line. A run goes on where nobody reads it any more, as after `| head`."""
+def say(line: str, passing: bool = False) -> None:
+    """Prints a line. A passing one: at most every 30 seconds; on a terminal every second, and the next replaces it.
+    A run goes on where nobody reads it any more, as after `| head`. Only rank 0 speaks."""
+    if RANK > 0 or (passing and time.monotonic() < getattr(say, "due", 0)):
+        return
+    terminal = sys.stdout.isatty()
+    say.due = time.monotonic() + (1 if terminal else 30)
+    erase = "\r\x1b[K" if terminal else ""
     try:
-        print(line, flush=True)
+        print(erase + line, end="" if passing and terminal else "\n", flush=True)
     except OSError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
@@ -187,7 +195,7 @@ def sample_k(logits: Tensor, K: int) -> Tensor:
 def routing_weights(logits: Tensor, routes: Tensor) -> Tensor:
     """Softmax of the logits over the chosen sources, each counted once: (B, M, M), (B, M, K) -> (B, M, K).
     The temperature of Sample-K has no part in it: it changes which sources are tried, not how they are mixed."""
-    repeated = [(routes[..., :k] == routes[..., k : k + 1]).any(-1) for k in range(routes.shape[-1])]
+    repeated = [(routes[..., :k] == routes[..., k, None]).any(-1) for k in range(routes.shape[-1])]
     z = logits.gather(-1, routes).masked_fill(torch.stack(repeated, dim=-1), -torch.inf)
     return z.movedim(-1, 0).softmax(0).movedim(0, -1)  # over a short last dimension a CPU is slow
 
@@ -195,7 +203,7 @@ def routing_weights(logits: Tensor, routes: Tensor) -> Tensor:
 def gradient_kept(logits: Tensor) -> Tensor:
     """ResRouting: true for the edges that today's routing is likely to take, p_ij > 1 / (i + 1). (B, M, M).
     p_i is the softmax of module i's logits, at temperature 1, over the i sources that it may choose from."""
-    num_sources = (logits[:1] > -torch.inf).sum(-1, keepdim=True, dtype=logits.dtype)  # i, for all samples the same
+    num_sources = (logits[:1] > -torch.inf).sum(-1, keepdim=True, dtype=logits.dtype)  # i
     return logits.softmax(-1) > 1 / (num_sources + 1)
 
 
@@ -649,6 +657,7 @@ def evaluate(agent: Agent, envs, tasks: list[str], episodes: int, stop: list) ->
     while min(len(summaries) for summaries in ended) < share:
         if stop:
             return {}
+        say(f"evaluating: {sum(map(len, ended))} of {share * len(obs)} episodes", passing=True)
         action, routes = act(torch.as_tensor(obs, dtype=torch.float32).to(agent.task.device))
         used.append(used_modules(routes).sum(-1).cpu().numpy())
         obs, _, terminated, truncated, infos = envs.step(finite(action.cpu()))
@@ -659,7 +668,7 @@ def evaluate(agent: Agent, envs, tasks: list[str], episodes: int, stop: list) ->
     modules = np.reshape(used, (-1, T)).mean(0)
     for t, task in enumerate(tasks):
         say(f"{task}: success {success[t]:.2f}, return {total[t]:.1f}, modules used {modules[t]:.1f}")
-    say(f"mean success {success.mean():.2f}, modules used {modules.mean():.1f}")
+    say(f"mean success {success.mean():.2f} of {share * len(obs) // T} episodes, modules used {modules.mean():.1f}")
     return {"success": success, "return": total, "modules_used": modules}
 
 
@@ -687,11 +696,11 @@ class RunLog:
     def __init__(self, args: Args, tasks: list[str], run: SimpleNamespace, saved: dict | None):
         self.tasks = tasks
         self.total_steps = args.total_steps
+        self.steps = args.envs_per_task * len(tasks) * RANKS  # for each update
         self.last = copy.copy(run)
         self.warned = []
-        name = f"{args.env_id[:99]}-{args.goals}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-        fresh = Path(args.results_dir, args.run_name or name)
-        self.run_dir = Path(args.resume or fresh)
+        name = f"{args.env_id[:99]}-{args.goals}-seed{args.seed}-{int(time.time())}-{os.getpid()}"
+        self.run_dir = Path(args.resume or Path(args.results_dir, args.run_name or name))
         self.path = self.run_dir / "progress.csv"
         vacant = args.resume or not (self.run_dir / "args.json").exists()
         check(vacant, f"--run-name: {self.run_dir} holds a run; choose another, --resume or delete it")
@@ -703,44 +712,51 @@ class RunLog:
             check(False, f"{self.run_dir}: another process has it")
         packages = "torch", "numpy", "metaworld", "mujoco", "gymnasium", "tyro"
         versions = {name: version(name) for name in packages}
-        facts = {"args": asdict(args), "tasks": tasks, "python": sys.version, "versions": versions}
-        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        with suppress(OSError):
-            facts["commit"] = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-        write_file(self.run_dir / "args.json", lambda path: path.write_text(json.dumps(facts, indent=2)))
+        commit = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD 2>/dev/null")
+        facts = {"args": asdict(args), "tasks": tasks, "commit": commit, "python": sys.version, "versions": versions}
+        self.facts = json.dumps(facts, indent=2)
         columns = [*vars(run), "steps_per_second", *METRICS]
         columns += [f"{name}/{task}" for name in METRICS for task in tasks]
-        self.text = saved["log"] if saved else ",".join(columns) + "\n"  # as it was at the checkpoint
+        self.text = saved["log"] if saved else ",".join(columns) + "\n"  # as at the checkpoint
         write_file(self.path, lambda path: path.write_text(self.text))
-        self.columns = self.text.partition("\n")[0].split(",")
+        if args.track:
+            import wandb
+
+            wandb.init(name=self.run_dir.name, config=asdict(args), sync_tensorboard=True)
         self.tensorboard = None
         if args.tensorboard:
             with suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
 
                 self.tensorboard = SummaryWriter(self.run_dir, purge_step=run.global_step + 1)
-        say(f"{args.env_id}: {args.total_steps:,} steps, in {self.run_dir}")
+                rows = "\n".join(f"|{option}|{value}|" for option, value in asdict(args).items())
+                self.tensorboard.add_text("hyperparameters", "|option|value|\n|-|-|\n" + rows)
+        say(f"{args.env_id}: step {run.global_step:,} of {args.total_steps:,}, in {self.run_dir}")
 
     def write(self, run: SimpleNamespace, metrics: dict) -> None:
         """A row of progress.csv, with each metric's values, (T,), and their mean; a line on the terminal."""
-        speed = (run.global_step - self.last.global_step) / (run.seconds - self.last.seconds)
+        seconds = run.seconds - self.last.seconds
+        speed = (run.global_step - self.last.global_step) / seconds
+        updates = run.updates - self.last.updates
         self.last = copy.copy(run)
         record = vars(run) | {"steps_per_second": speed}
         for name, values in metrics.items():
             values = torch.as_tensor(values).tolist()
             record[name] = float(np.mean(values))
             record |= {f"{name}/{task}": value for task, value in zip(self.tasks, values)}
-        row = ",".join(f"{record[name]:.9g}" if name in record else "" for name in self.columns)
-        self.text += row + "\n"
-        with open(self.path, "a") as file:
-            if file.tell() == 0:  # it was moved
-                file.write(",".join(self.columns) + "\n")
-            file.write(row + "\n")
+        header, *rows = self.text.splitlines()
+        columns = header.split(",")
+        columns += [name for name in record if name not in columns]  # those of a loss that you add
+        rows.append(",".join(f"{record[name]:.9g}" if name in record else "" for name in columns))
+        self.text = "\n".join([",".join(columns), *rows, ""])
+        write_file(self.path, lambda path: path.write_text(self.text))
         if self.tensorboard:
             for name, value in record.items():
                 self.tensorboard.add_scalar(name, value, run.global_step)
-        hours = max(self.total_steps - run.global_step, 0) / speed / 3600
-        line = f"step {run.global_step:,}, {speed:,.1f} steps/s, {hours:.1f} hours left"
+        line = f"step {run.global_step:,}, {speed:,.1f} steps/s"
+        if updates:  # only they take long
+            updates_left = max(self.total_steps - run.global_step, 0) / self.steps
+            line += f", {updates_left * seconds / updates / 3600:.1f} hours left"
         for name in ("train_success", "train_return"):
             line += f", {name} {record.get(name, math.nan):.2f}"
         say(line)
@@ -763,12 +779,12 @@ def save_run(log: RunLog | None, agent: Agent, replay: ReplayBuffer, run: Simple
         args = asdict(agent.args)
         weights = {name: value.cpu() for name, value in agent.actor.state_dict().items()}
         policy = {"args": args, "actor": weights}
-        checkpoint = {"args": args, "progress": vars(run), "log": log.text}
-        checkpoint |= {"agent": agent.state_dict(), "rings": rings_of_ranks}
+        checkpoint = {"args": args, "progress": vars(run), "log": log.text, "agent": agent.state_dict()}
+        checkpoint |= {"rings": rings_of_ranks, "position": replay.position}
         checkpoint["optimizer"] = agent.optimizer.state_dict()["state"]
-        checkpoint["position"] = replay.position
         write_file(log.run_dir / "checkpoint.pt", partial(torch.save, checkpoint))
         write_file(log.run_dir / "actor.pt", partial(torch.save, policy))
+        write_file(log.run_dir / "args.json", lambda path: path.write_text(log.facts))
 
 
 def load_run(saved: dict, agent: Agent, replay: ReplayBuffer) -> None:
@@ -800,17 +816,18 @@ def make_agent(args: Args, envs, T: int) -> Agent:
     if args.compile and cuda:  # on a CPU it gains nothing
         for network in (agent.actor, *agent.critics, *agent.target_critics):
             network.compile(dynamic=False, options={"fallback_random": True})
+    size = sum(p.numel() for p in agent.parameters() if p.requires_grad)
+    say(f"{T} tasks, {size:,} parameters, on {agent.task.device} with {torch.get_num_threads()} threads")
     return agent
 
 
 def train(args: Args, tasks: list[str], saved: dict | None, stop: list) -> None:
     """Train until --total-steps or a signal in `stop`; with --evaluate only evaluate. Raises what main catches."""
-    T = len(tasks)
     run = SimpleNamespace(**(saved["progress"] if args.resume else PROGRESS))
     log = RunLog(args, tasks, run, saved) if RANK == 0 and not args.evaluate else None
     seed = args.seed + 10_000 * RANK + run.global_step  # new goals and new noise after a resume
     with make_envs(tasks, args, seed) as envs:
-        agent = make_agent(args, envs, T)  # only now, so that the workers hold nothing of CUDA
+        agent = make_agent(args, envs, len(tasks))  # only now, so that the workers hold nothing of CUDA
         device = agent.task.device
         obs, _ = envs.reset(seed=seed)
         if args.evaluate:
@@ -825,10 +842,10 @@ def train(args: Args, tasks: list[str], saved: dict | None, stop: list) -> None:
         act = CUDAGraph(agent.act)
         update = CUDAGraph(agent.update)
         torch.manual_seed(seed + 1)
-        n = args.batch_size // (T * RANKS)
+        n = args.batch_size // (len(tasks) * RANKS)
         losses = {}
         ended = [[] for _ in tasks]  # success and return of the episodes that ended
-        saved_at = time.monotonic()
+        saved_at = -math.inf  # the first step is saved, too, so that a run can always be resumed
         finished = run.evaluated_at >= args.total_steps
         while not finished:
             started = time.monotonic()
@@ -846,12 +863,13 @@ def train(args: Args, tasks: list[str], saved: dict | None, stop: list) -> None:
             last_obs = next_obs.copy()
             for i in np.flatnonzero(terminated | truncated):  # next_obs is the next episode's
                 last_obs[i] = infos["final_obs"][i]
-                ended[i % T].append(infos["final_info"]["summary"][i])
+                ended[i % len(tasks)].append(infos["final_info"]["summary"][i])
             replay.add(obs, action, reward, last_obs, terminated, routes)
             obs = next_obs
             run.global_step += N * RANKS
             run.updates += learning
             run.seconds += time.monotonic() - started
+            say(f"step {run.global_step:,}, {run.updates:,} updates (from {args.learning_starts:,} on)", passing=True)
             due = run.global_step // args.eval_every > run.evaluated_at // args.eval_every
             due |= run.global_step >= args.total_steps
             if log and (due or run.global_step % args.log_every < N * RANKS):
@@ -878,7 +896,7 @@ def train(args: Args, tasks: list[str], saved: dict | None, stop: list) -> None:
             if save_due:
                 save_run(log, agent, replay, run)
                 saved_at = time.monotonic()
-    if log:
+    if log and run.evaluated_at < args.total_steps:
         say(f"ended at step {run.global_step:,} of {args.total_steps:,}; to go on: --resume {log.run_dir}")
 
 
@@ -890,21 +908,38 @@ POLICY = ["env_id", *NETWORK]
 RUN = ["goals", "episode_length", "envs_per_task", "seed", "buffer_size"]
 
 
-def load(path: str, part: str) -> dict:
-    """A checkpoint, which has the part "rings", or a policy, which has the part "actor"."""
+def load(args: Args, argv: list[str]) -> tuple[Args, dict]:
+    """What --resume or --evaluate names, by its file or directory, and its arguments, which argv may override."""
+    part = "rings" if args.resume else "actor"
+    path = Path(args.resume or args.evaluate)
+    if path.is_dir():
+        path = path / ("checkpoint.pt" if args.resume else "actor.pt")
+    check(path.is_file(), f"there is no {path} (runs kept in the repository have no checkpoint)")
     try:
         damaged = zipfile.ZipFile(path).testzip()
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if damaged or part not in saved:
             raise ValueError(damaged or f"it holds no {part}")
-        return saved
     except Exception as error:  # noqa: BLE001 (a damaged file fails in many ways)
         reason = str(error).split("\n")[0]
-        check(False, f"{path} is missing, damaged or of another version: {reason}")
+        check(False, f"{path} is damaged or of another version: {reason}")
+    check(args.evaluate or len(saved[part]) == RANKS, f"--resume: start as many ranks as before, {len(saved[part])}")
+    old = Args()
+    vars(old).update(saved["args"], resume=None, evaluate=None)  # options of other versions are ignored
+    if args.evaluate:
+        old.envs_per_task = 1  # no more processes than it takes
+    args = tyro.cli(Args, args=argv, default=old)
+    for name in POLICY + (RUN if args.resume else []):
+        was = getattr(old, name)
+        check(getattr(args, name) == was, f"{path} was made with {name} {was}; do not change it")
+    args.resume = args.resume and str(path.parent)
+    return args, saved
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[Args, list[str], dict | None]:
     """The arguments, with every budget filled in; the tasks; what --resume or --evaluate names."""
+    texts = sys.argv[1:] if argv is None else argv
+    argv = [re.sub(r"(?<![^=])\d+(\.\d+)?e\d+$", lambda n: f"{float(n[0]):.0f}", text) for text in texts]  # 1e6
     args = tyro.cli(Args, args=argv)
     saved = None
     check(RANK < RANKS and (RANKS == 1 or "MASTER_ADDR" in os.environ), "RANK, WORLD_SIZE: set them by torchrun")
@@ -912,16 +947,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[Args, list[str], dict | Non
     check(not (args.evaluate and args.resume), "--evaluate or --resume, not both")
     check(not args.evaluate or RANKS == 1, "--evaluate: start it without torchrun")
     if args.evaluate or args.resume:
-        path = args.evaluate or f"{args.resume}/checkpoint.pt"
-        saved = load(path, "actor" if args.evaluate else "rings")
-        old = Args()
-        vars(old).update(saved["args"], resume=None, evaluate=None)  # options of other versions are ignored
-        if args.evaluate:
-            old.envs_per_task = 1  # no more processes than it takes
-        args = tyro.cli(Args, args=argv, default=old)
-        for name in POLICY + (RUN if args.resume else []):
-            was = getattr(old, name)
-            check(getattr(args, name) == was, f"{path} was made with {name} {was}; do not change it")
+        args, saved = load(args, argv)
     tasks = task_names(args.env_id)
     T = len(tasks)
     steps, transitions = BUDGETS.get(args.env_id, BUDGETS["MT10"])
@@ -947,7 +973,6 @@ def parse_arguments(argv: list[str] | None) -> tuple[Args, list[str], dict | Non
     check(args.batch_size % (T * RANKS) == 0, f"--batch-size is no multiple of tasks times ranks, {T * RANKS}")
     check(args.buffer_size >= least, f"--buffer-size must be at least {least}: a batch, and a step of all")
     check(args.device != "cuda" or torch.cuda.is_available(), "--device: PyTorch finds no cuda here")
-    check(not args.resume or len(saved["rings"]) == RANKS, "--resume: start as many ranks as before")
     return args, tasks, saved
 
 
@@ -968,7 +993,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.use_deterministic_algorithms(args.torch_deterministic)
         torch.manual_seed(args.seed)
         train(args, tasks, saved, stop)
-    except (FloatingPointError, OSError) as error:
+    except (FloatingPointError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)

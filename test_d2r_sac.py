@@ -685,7 +685,8 @@ def test_a_run_on_meta_world(tmp_path, capsys):
     options = TWO_TASKS.replace("5,10", "reach-v3,drawer-close-v3") + " --tensorboard"
     assert run(tmp_path, f"{options} --total-steps 240 --eval-every 170 --log-every 60") == 0
     run_dir, out = tmp_path / "run", capsys.readouterr().out
-    assert re.search(r"step 120, .* hours left, train_success [01]\.\d\d, train_return \d", out) and "--resume" in out
+    assert re.search(r"step 120, .* hours left, train_success [01]\.\d\d, train_return \d", out)
+    assert re.match(rf"\S+: step 0 of 240, in {run_dir}\n2 tasks, [\d,]+ parameters, on cpu", out)
     assert len([*run_dir.glob("events.out.tfevents.*"), *run_dir.glob("*.pt")]) == 3
     facts, records = json.loads((run_dir / "args.json").read_text()), progress(run_dir)
     assert facts["args"]["total_steps"] == 240 and facts["tasks"] == ["reach-v3", "drawer-close-v3"]
@@ -701,6 +702,8 @@ def test_a_run_on_meta_world(tmp_path, capsys):
     events = EventAccumulator(str(run_dir)).Reload()
     logged = [[event.step for event in events.Scalars(name)] for name in ("return/reach-v3", "critic_loss")]
     assert logged == [[170, 240], steps(run_dir)]
+    (text,) = events.Tensors("hyperparameters/text_summary")
+    assert b"|total_steps|240|" in text.tensor_proto.string_val[0]
     # What the replay holds is what the environment did: also at the truncations, every tenth step. Meta-World's
     # observation ends its first half with the hand and objects now, and has those of the step before in its second.
     obs, action, reward, next_obs, terminated = transitions(run_dir, 39, 4, 1, 39, 1)
@@ -719,8 +722,8 @@ def test_a_run_on_meta_world(tmp_path, capsys):
         assert number or not any(value for name, value in record.items() if "train" in name)
     assert main("--evaluate", run_dir / "actor.pt", "--eval-episodes", "2") == 0
     line = r": success [01]\.[05]0, return [0-9.]+, modules used [1-4]\.[0-9]\n"
-    mean = r"mean success [01]\.[0-9]+, modules used [1-4]\.[0-9]\n"
-    assert re.fullmatch(f"reach-v3{line}drawer-close-v3{line}{mean}", capsys.readouterr().out)
+    mean = r"mean success [01]\.[0-9]+ of 2 episodes, modules used [1-4]\.[0-9]\n"
+    assert re.search(f"\nreach-v3{line}drawer-close-v3{line}{mean}$", capsys.readouterr().out)
 
 
 def test_a_kept_policy_is_evaluated(tmp_path, capfd):
@@ -729,7 +732,7 @@ def test_a_kept_policy_is_evaluated(tmp_path, capfd):
     torch.save(saved | {"args": saved["args"] | {"precision": "float32"}}, tmp_path / "actor.pt")
     assert main("--evaluate", tmp_path / "actor.pt", "--eval-episodes", "2") == 0
     lines = capfd.readouterr().out.splitlines()
-    assert lines[1].startswith("drawer-close-v3: success 1.00") and lines[2].startswith("door-close-v3: success 1.00")
+    assert lines[-3].startswith("drawer-close-v3: success 1.00") and lines[-2].startswith("door-close-v3: success 1.00")
 
 
 @pytest.mark.parametrize("E", [1, 2])
@@ -771,6 +774,7 @@ def test_resume(tmp_path, pendulums, monkeypatch, capsys):
     assert run(tmp_path, options) == 0
     first, old = (run_dir / "progress.csv").read_text(), checkpoint(run_dir)
     assert main(*resume) == 0 and (run_dir / "progress.csv").read_text() == first  # there was nothing left to do
+    assert main("--resume", run_dir / "checkpoint.pt") == 0  # by its file
     new = checkpoint(run_dir)
     assert all(torch.equal(new["agent"][name], value) for name, value in old["agent"].items())
     moments = [[state["exp_avg"] for state in saved["optimizer"].values()] for saved in (old, new)]
@@ -790,14 +794,17 @@ def test_resume(tmp_path, pendulums, monkeypatch, capsys):
     capsys.readouterr()
     changes = {"--top-k 1": "top_k 2", "--env-id 10,5": "env_id 5,10", "--num-modules 3": "num_modules 4"}
     for option, message in (changes | {"--routing layer": "routing module"}).items():
-        for how in (resume, ["--evaluate", run_dir / "actor.pt"]):
+        for how in (resume, ["--evaluate", run_dir]):
             assert main(*how, *option.split()) == 2
             assert f"{message}; do not change it" in capsys.readouterr().err
     assert run(tmp_path, options) == 2 and "holds a run" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(d2r, "RANKS", 2), patch.setenv("MASTER_ADDR", "localhost")
+        assert main(*resume) == 2 and "start as many ranks as before, 1\n" in capsys.readouterr().err
     whole = (run_dir / "checkpoint.pt").read_bytes()
     for damaged in (whole[:-1000], whole[: len(whole) // 2] + b"\x55" * 99 + whole[len(whole) // 2 + 99 :], b""):
         (run_dir / "checkpoint.pt").write_bytes(damaged)
-        assert main(*resume) == 2 and "missing, damaged or of another version" in capsys.readouterr().err
+        assert main(*resume) == 2 and "is damaged or of another version" in capsys.readouterr().err
     torch.save({"args": {}, "agent": {}, "buffers": []}, run_dir / "checkpoint.pt")
     assert main(*resume) == 2 and "of another version: it holds no rings\n" in capsys.readouterr().err
 
@@ -945,8 +952,7 @@ def test_a_task_whose_losses_are_too_large(tmp_path, pendulums, capsys):
     assert all(parameter.isfinite().all() for parameter in agent.parameters())
 
 
-def test_a_log_that_is_moved_gets_its_header_again(tmp_path, pendulums, monkeypatch):
-    """And a resume has all rows."""
+def test_a_log_that_is_moved_is_written_again(tmp_path, pendulums, monkeypatch):
     write, path = d2r.RunLog.write, tmp_path / "run" / "progress.csv"
 
     def moved(log, run, metrics):
@@ -955,8 +961,11 @@ def test_a_log_that_is_moved_gets_its_header_again(tmp_path, pendulums, monkeypa
         write(log, run, metrics)
 
     monkeypatch.setattr(d2r.RunLog, "write", moved)
-    assert run(tmp_path, f"{TWO_TASKS} --total-steps 60 --log-every 20") == 0 and steps(tmp_path / "run") == [40, 60]
-    assert main("--resume", tmp_path / "run") == 0 and steps(tmp_path / "run") == [20, 40, 60]
+    assert run(tmp_path, f"{TWO_TASKS} --total-steps 60 --log-every 20") == 0 and steps(tmp_path / "run") == [
+        20,
+        40,
+        60,
+    ]
 
 
 def test_a_run_goes_on_where_nobody_reads(tmp_path, pendulums, monkeypatch):
@@ -968,6 +977,73 @@ def test_a_run_goes_on_where_nobody_reads(tmp_path, pendulums, monkeypatch):
         assert run(tmp_path, f"{TWO_TASKS} --total-steps 60") == 0
         monkeypatch.undo()
     assert checkpoint(tmp_path / "run")["progress"]["evaluated_at"] == 60
+
+
+def test_what_the_terminal_says(monkeypatch, capsys):
+    """A passing line comes at most every 30 seconds; on a terminal every second, and the next line replaces it."""
+    for terminal, expected in ((False, "a\nc\nd\nf\n"), (True, "*a\n*b*c*d\n*e*f")):
+        now = [100.0]
+        monkeypatch.setattr(time, "monotonic", lambda now=now: now[0])
+        monkeypatch.setattr(sys.stdout, "isatty", lambda terminal=terminal: terminal)
+        monkeypatch.delattr(d2r.say, "due", raising=False)
+        script = ("a", 0, False), ("b", 29.5, True), ("c", 1, True), ("d", 0.5, False), ("d'", 0.5, True)
+        for line, seconds, passing in (*script, ("e", 20, True), ("f", 10, True)):
+            now[0] += seconds
+            d2r.say(line, passing)
+        assert capsys.readouterr().out == expected.replace("*", "\r\x1b[K")
+    monkeypatch.setattr(d2r, "RANK", 1)
+    d2r.say("nothing")
+    assert capsys.readouterr().out == ""
+
+
+def test_hours_left(tmp_path, pendulums, monkeypatch, capsys):
+    """From the time that updates take: environment steps before them cost nothing."""
+    write = d2r.RunLog.write
+
+    def clocked(log, run, metrics):  # an update takes 36 seconds, a step of the environments none
+        run.seconds = 1e-3 * run.global_step + 36 * run.updates
+        write(log, run, metrics)
+
+    monkeypatch.setattr(d2r.RunLog, "write", clocked)
+    assert run(tmp_path, f"{TWO_TASKS} --total-steps 440 --log-every 40") == 0
+    lines = re.findall(r"^step (\d+), [\d,.]+ steps/s, (?:([\d.]+) hours)?", capsys.readouterr().out, re.MULTILINE)
+    assert lines[:3] == [("40", ""), ("80", "1.8"), ("120", "1.6")] and len(lines) == 11
+
+
+def test_a_run_that_is_killed_early(tmp_path, pendulums, capsys):
+    """Before its first step it can be started again, and after that be resumed."""
+    assert run(tmp_path, f"{TWO_TASKS} --total-steps 60") == 0
+    (tmp_path / "run" / "args.json").unlink()  # which comes last
+    process = learner(tmp_path / "log", [*ENDLESS.split(), "--results-dir", tmp_path])
+    workers_after(process, tmp_path / "run", 5)
+    process.kill()
+    process.join()
+    assert checkpoint(tmp_path / "run")["progress"]["global_step"] == 2
+    assert main("--resume", tmp_path / "run", "--total-steps", "6e1", "--log-every=2e1") == 0
+    assert steps(tmp_path / "run") == [20, 40, 60]
+
+
+def test_a_loss_of_your_own_is_logged(tmp_path, pendulums, monkeypatch):
+    update = d2r.Agent.update
+    monkeypatch.setattr(d2r.Agent, "update", lambda *batch: update(*batch) | {"my_loss": torch.tensor([1.0, 2.0])})
+    assert run(tmp_path, f"{TWO_TASKS} --total-steps 60 --log-every 20") == 0
+    assert main("--resume", tmp_path / "run", "--total-steps", "80") == 0
+    assert [row["my_loss"] for row in progress(tmp_path / "run")] == [None, None, "1.5", "1.5"]
+    assert progress(tmp_path / "run")[-1]["my_loss/10"] == "2"
+
+
+def test_track(tmp_path, pendulums, monkeypatch, capsys):
+    """Weights & Biases is started before TensorBoard's events are written, with the arguments, and only if asked."""
+    calls = []
+    wandb = types.SimpleNamespace(init=lambda **options: calls.append((options, [*tmp_path.glob("run/events*")])))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    assert run(tmp_path, f"{TWO_TASKS} --tensorboard --total-steps 60 --track") == 0
+    ((options, events),) = calls
+    assert options["name"] == "run" and options["sync_tensorboard"] and options["config"]["total_steps"] == 60
+    assert not events and [*tmp_path.glob("run/events*")]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert run(tmp_path, f"{TWO_TASKS} --total-steps 60 --track", "without") == 1
+    assert re.fullmatch(r"error: .*wandb.*\n", capsys.readouterr().err)
 
 
 def test_no_worker_is_blamed_that_lives(pendulums):
@@ -1100,8 +1176,9 @@ MISTAKES = f"""
 --encoder-widths: --encoder-widths needs at least one width
 --router-widths 32 0: --router-widths is 0; it must be positive and finite
 --device cuda: --device: PyTorch finds no cuda here
---resume no/such/run: no/such/run/checkpoint.pt is missing
---evaluate {SCRIPT}: is missing, damaged or of another version
+--resume no/such/run: there is no no/such/run (runs kept
+--resume {RESULTS}/three-tasks: three-tasks/checkpoint.pt (runs kept in the repository have no checkpoint)
+--evaluate {SCRIPT}: is damaged or of another version
 --evaluate=: --evaluate and --resume need a path
 --resume=: --evaluate and --resume need a path
 --evaluate a --resume b: --evaluate or --resume, not both
@@ -1142,6 +1219,8 @@ def test_two_ranks_learn_the_same_from_what_each_of_them_sees(tmp_path, pendulum
 
     def spied_save(log, agent, replay, run):
         save_run(log, agent, replay, run)
+        if run.updates == 0:
+            return
         seen["mean"] = torch.cat([p.grad.flatten() for p in agent.parameters() if p.grad is not None])
         saved = {**seen, "agent": agent.state_dict(), "seen": replay.transitions[: replay.size].clone()}
         torch.save(saved, tmp_path / f"rank{d2r.RANK}.pt")
@@ -1218,7 +1297,7 @@ def test_routing_figures(figures, tmp_path, monkeypatch, capsys):
     assert (
         main(run_dir, "--episodes", "0", function=routing.main) == main(tmp_path / "none", function=routing.main) == 2
     )
-    assert re.fullmatch(r"error: --episodes .*\nerror: \S+none/actor.pt is missing.*\n", capsys.readouterr().err)
+    assert re.fullmatch(r"error: --episodes .*\nerror: .*none/actor.pt.*\n", capsys.readouterr().err)
     assert main(run_dir, "--episodes", "3", "--device", "cpu", function=routing.main) == 0
     assert len(chosen) == 30 and capsys.readouterr().out.count("\n") == 3
     assert all((run_dir / name).read_bytes()[:4] == b"\x89PNG" for name in ("paths.png", "tsne.png", "depth.png"))
@@ -1275,6 +1354,24 @@ def test_mt10_figure(tmp_path):
     assert plot.plot_mt10(tmp_path).read_bytes()[1:4] == b"PNG"
     lines = {line.get_label(): line.get_ydata().tolist() for line in plot.plt.gca().get_lines()}
     assert lines["D2R, MT10-gpu"] == [0.185, 0.485, 0.59, 0.56] and {*plot.PUBLISHED} < {*lines}
+
+
+def test_plots(tmp_path, monkeypatch, capsys):
+    """Return where there is no success; a single evaluation; mistakes in a line."""
+    plot = importlib.import_module("plot")
+    header = "global_step,success,success/a,return,return/a,modules_used,modules_used/a,my_loss\n"
+    (tmp_path / "progress.csv").write_text(header + "50\n500,nan,nan,-7,-7,3,3\n")
+    monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path)])
+    plot.main()
+    assert capsys.readouterr().out == f"{tmp_path / 'progress.png'}\n"
+    axis, _ = plot.plt.gcf().axes
+    assert axis.get_title() == "return" and axis.get_lines()[0].get_ydata() == [-7]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["0.5k"]
+    for argument, message in ((tmp_path / "none", f"error: there is no {tmp_path}/none/progress.csv"), ("--help", 0)):
+        monkeypatch.setattr(sys, "argv", ["plot.py", str(argument)])
+        with pytest.raises(SystemExit) as ending:
+            plot.main()
+        assert ending.value.code == message
 
 
 def test_ablation(tmp_path, monkeypatch, capsys):
@@ -1342,6 +1439,19 @@ def test_use_it_elsewhere(capsys):
     exec(code.replace("# (paste here)\n", block), names := {})
     errors = [float(error) for error in re.findall(r"error ([0-9.]+)", capsys.readouterr().out)]
     assert len(errors) == 2 and errors[1] < errors[0] / 5 and not {"gym", "np", "tyro", "Args"} & set(names)
+
+
+def test_use_a_policy(monkeypatch):
+    """README's example closes a drawer."""
+    monkeypatch.chdir(SCRIPT.parent)
+    exec(snippet("Use a policy"), names := {})
+    assert names["action"].shape == (3, 4) and names["routes"].shape == (3, 16, 2)
+    env = d2r.make_env("drawer-close-v3", names["args"], 1)
+    obs, info = env.reset()[0], {"success": 0}
+    while not info["success"]:
+        names["obs"][1] = torch.from_numpy(obs)
+        obs, _, _, truncated, info = env.step(names["agent"].act(names["obs"], deterministic=True)[0][1].numpy())
+        assert not truncated
 
 
 def test_change_the_environments(tmp_path, monkeypatch):

@@ -63,6 +63,7 @@ def render(model, states, size):
     """Pictures (N, size, size, 3) of states of MuJoCo."""
     renderer, pictures = mujoco.Renderer(model, size, size), []
     for state in states:
+        d2r.say(f"robots: picture {len(pictures)} of {len(states)}", passing=True)
         renderer.update_scene(state, camera="corner4")
         pictures.append(renderer.render()[::-1, ::-1])  # Meta-World's corner cameras are upside down
     renderer.close()
@@ -110,6 +111,7 @@ def draw(args, titles, episodes, shown):
         axes = cell.subplot_mosaic(form, height_ratios=ratios)
         panels.append(panel(axes, args, title, pictures, steps, shown, size / 100))
     for n in range(len(shown)):
+        d2r.say(f"film: picture {n} of {len(shown)}", passing=True)
         for show in panels:
             show(n)
         figure.canvas.draw()

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Plot the evaluations of runs (needs matplotlib).
 
-python results/plot.py results/RUN ...   success and modules used of each task, in RUN/progress.png
+python results/plot.py results/RUN ...   success (else return) and modules used of each task, in RUN/progress.png
 python results/plot.py                   mean success of results/MT10-*, and published curves, in results/mt10.png
 """
 
+import argparse
 import csv
 import sys
 from pathlib import Path
@@ -44,10 +45,13 @@ def legend(figure) -> None:
 
 def evaluations(run_dir: Path) -> list[dict]:
     """The rows of RUN/progress.csv that have an evaluation."""
-    with open(run_dir / "progress.csv", newline="") as file:
+    path = run_dir / "progress.csv"
+    if not path.exists():
+        sys.exit(f"error: there is no {path}")
+    with open(path, newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["success"]]
     if not rows:
-        sys.exit(f"{run_dir} holds no evaluation yet")
+        sys.exit(f"error: {run_dir} holds no evaluation yet")
     return rows
 
 
@@ -57,16 +61,18 @@ def plot(run_dir: Path) -> Path:
     steps = [int(row["global_step"]) for row in rows]
     tasks = [column.removeprefix("success/") for column in rows[0] if column.startswith("success/")]
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    for axis, name, title in zip(axes, ("success", "modules_used"), ("success rate", "modules used")):
+    left = ("return", "return") if rows[-1]["success"] == "nan" else ("success", "success rate")
+    for axis, (name, title) in zip(axes, (left, ("modules_used", "modules used"))):
         for index, task in enumerate(tasks):
             values = [float(row[f"{name}/{task}"]) for row in rows]
             axis.plot(steps, values, markersize=4, linewidth=1.2, label=task, **style(index))
         axis.plot(steps, [float(row[name]) for row in rows], color="black", linewidth=2, label="mean")
         axis.set(xlabel="environment steps, summed over tasks", title=title)
-        axis.xaxis.set_major_formatter(
-            lambda step, _: f"{step / 1e6:g}M" if steps[-1] > 2e6 else f"{step / 1000:,.0f}k"
-        )
-        axis.set_ylim(0, 1.03 if name == "success" else None)
+        axis.xaxis.set_major_formatter(lambda step, _: f"{step / 1e6:g}M" if steps[-1] > 2e6 else f"{step / 1000:g}k")
+        if len(steps) == 1:
+            axis.set_xticks(steps)
+        if name != "return":
+            axis.set_ylim(0, 1.03 if name == "success" else None)
         axis.grid(alpha=0.3)
     legend(figure)
     figure.savefig(run_dir / "progress.png", dpi=110)
@@ -98,8 +104,15 @@ def plot_mt10(results: Path) -> Path:
     return results / "mt10.png"
 
 
-if __name__ == "__main__":
-    for argument in sys.argv[1:]:
-        print(plot(Path(argument)))
-    if not sys.argv[1:]:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", type=Path)
+    runs = parser.parse_args().runs
+    for run_dir in runs:
+        print(plot(run_dir))
+    if not runs:
         print(plot_mt10(Path(__file__).parent))
+
+
+if __name__ == "__main__":
+    main()
