@@ -32,7 +32,6 @@ import json
 import math
 import multiprocessing
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -44,6 +43,7 @@ from datetime import timedelta
 from difflib import get_close_matches
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -71,7 +71,7 @@ class Args:
     episode_length: int = 200  # time limit of an episode, in steps; at most 500
     envs_per_task: int = 1  # E, environments of each task; scale batch_size with it (README)
     # Budgets count environment steps or transitions, summed over tasks, environments and ranks.
-    total_steps: int | None = None  # environment steps (MT10 15M, MT50 50M, else 1.5M per task)
+    total_steps: int | None = None  # environment steps, as 1_000_000 (MT10 15M, MT50 50M, or 1.5M each)
     buffer_size: int | None = None  # transitions (MT10 1M, MT50 10M, else 100,000 per task)
     batch_size: int | None = None  # samples of an update, equally many of each task (128 each)
     learning_starts: int | None = None  # environment steps before updates begin (4,000 per task)
@@ -83,7 +83,10 @@ class Args:
     routing: Literal["module", "layer", "model"] = "module"  # granularity; see allowed_sources
     parallel_modules: int = 4  # P, width of a layer, or number of chains; for layer or model
     module_width: int = 128  # H, width of a base module
-    encoder_widths: tuple[int, ...] = (400, 400)  # of the encoders; the task's has the last only
+    encoder_widths: tuple[int, ...] = (
+        400,
+        400,
+    )  # of the state encoder; the task encoder has the last
     router_widths: tuple[int, ...] = (256, 256)  # of the layers that follow, up to the logits
     resrouting: bool = True  # ResRouting; without it gradients reach all chosen modules
     route_balancing: bool = True  # without it every task samples routes at temperature 1
@@ -106,9 +109,9 @@ class Args:
     results_dir: str = "results"  # directory of the run directories
     run_name: str | None = None  # name of the run's directory (benchmark, goals, seed and time)
     resume: str | None = None  # a run's directory: go on with it; options override its own
-    evaluate: str | None = None  # a run or its actor.pt: evaluate this policy, and train nothing
+    evaluate: str | None = None  # a run's directory, or an actor.pt: only evaluate
     log_every: int = 10_000  # environment steps between rows of progress.csv
-    checkpoint_minutes: float = 10.0  # there is also one at the end, and at SIGINT or SIGTERM
+    checkpoint_minutes: float = 10.0  # between checkpoints; there is one at the end, too, and at a signal
     tensorboard: bool = True  # write TensorBoard events, where it is installed
     track: bool = False  # send them to Weights & Biases, too (pip install wandb)
 
@@ -127,15 +130,15 @@ def say(line: str, passing: bool = False) -> None:
         return
     terminal = sys.stdout.isatty()
     say.due = time.monotonic() + (1 if terminal else 30)
-    erase = "\r\x1b[K" if terminal else ""
+    erase = "\x1b[K" if terminal else ""
     try:
-        print(erase + line, end="" if passing and terminal else "\n", flush=True)
+        print(erase + line, end="\r" if passing and terminal else "\n", flush=True)
     except OSError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 # ======================================================================================================================
-# The method. To use it elsewhere, paste what stands between the double lines: it needs torch, copy, math and pairwise.
+# The method. To use it elsewhere, paste what stands between the double lines; README has the imports.
 # ----------------------------------------------------------------------------------------------------- routing network
 def init(layer: nn.Linear, head: bool = False) -> nn.Linear:
     # NOTE: the authors' helper takes out_features for the fan-in, which would be in_features.
@@ -201,9 +204,9 @@ def routing_weights(logits: Tensor, routes: Tensor) -> Tensor:
 
 
 def gradient_kept(logits: Tensor) -> Tensor:
-    """ResRouting: true for the edges that today's routing is likely to take, p_ij > 1 / (i + 1). (B, M, M).
-    p_i is the softmax of module i's logits, at temperature 1, over the i sources that it may choose from."""
-    num_sources = (logits[:1] > -torch.inf).sum(-1, keepdim=True, dtype=logits.dtype)  # i
+    """ResRouting: true for the edges that today's routing is likely to take, p_ij > 1 / (n_i + 1). (B, M, M).
+    p_i is the softmax of module i's logits, at temperature 1, over the n_i sources that it may choose from."""
+    num_sources = (logits[:1] > -torch.inf).sum(-1, keepdim=True, dtype=logits.dtype)  # n_i, for every sample
     return logits.softmax(-1) > 1 / (num_sources + 1)
 
 
@@ -211,10 +214,10 @@ def used_modules(routes: Tensor) -> Tensor:
     """The modules that the chosen edges connect to the head: (B, M, K) -> (B, M) bool. Their number is the depth."""
     B, M, _ = routes.shape
     chosen = torch.zeros(M, M, B, dtype=torch.bool, device=routes.device)
-    rows = chosen.scatter_(1, routes.permute(1, 2, 0).long(), True)
-    used = rows[-1]  # the head's sources
+    chosen.scatter_(1, routes.permute(1, 2, 0).long(), True)
+    used = chosen[-1]  # the head's sources
     for i in range(M - 1, 0, -1):
-        used = used | (used[i] & rows[i - 1])  # where module i is used, its sources are
+        used = used | (used[i] & chosen[i - 1])  # where module i is used, its sources are
     return used.T
 
 
@@ -292,7 +295,7 @@ class BaseModule(nn.Linear):
 
 class D2RNetwork(nn.Module):
     """A routing network and its base modules: an actor (output: mean and log std), a critic (output: Q), or any other.
-    top_k 0: soft routing over all allowed sources. make_module(width_in, width_out): makes what BaseModule is else."""
+    top_k 0: soft routing over all allowed sources. make_module(width_in, width_out): instead of BaseModule."""
 
     def __init__(self, input_dim, output_dim, num_tasks, num_modules=16, top_k=2, module_width=128,
                  encoder_widths=(400, 400), router_widths=(256, 256), resrouting=True, routing="module",
@@ -398,7 +401,7 @@ class Agent(nn.Module):
         self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.full((num_tasks,), math.log(args.initial_alpha)))
         self.register_buffer("task", torch.arange(num_tasks), persistent=False)
-        self.register_buffer("left_out", torch.zeros(num_tasks), persistent=False)  # of so many updates
+        self.register_buffer("left_out", torch.zeros(num_tasks), persistent=False)  # number of updates
         self.target_entropy = -action_dim if args.target_entropy is None else args.target_entropy
         self.to(device)
         groups = [{"params": list(network.parameters())} for network in (self.actor, *critics)]
@@ -407,7 +410,7 @@ class Agent(nn.Module):
         self.optimizer = torch.optim.Adam(groups, args.learning_rate, fused=True, capturable=on_gpu)
 
     def task_weights(self) -> Tensor:
-        """T softmax(-log alpha), (T,), of mean 1. A mastered task keeps a high alpha, so it weighs less."""
+        """T softmax(-log alpha), (T,). A mastered task weighs less: its policy is sharp, to which SAC raises alpha."""
         return len(self.log_alpha) * (-self.log_alpha.detach()).softmax(0)
 
     def temperature(self) -> Tensor | None:
@@ -467,7 +470,7 @@ class Agent(nn.Module):
         return (alpha * log_prob - q).mean(-1), log_prob
 
     def update(self, obs, action, reward, next_obs, terminated, routes) -> dict[str, Tensor]:
-        """One step on all losses. Arguments (T * n, ...), task by task. Returns each task's weighted losses, (T,)."""
+        """One step on all losses. Arguments (T * n, ...), task by task. Returns the losses, weighted by task, (T,)."""
         task = self.task.repeat_interleave(len(obs) // len(self.task))  # (B,)
         critic_loss, (actor_loss, log_prob) = side_by_side(
             lambda: self.critic_loss(obs, action, reward, next_obs, terminated, task),
@@ -516,7 +519,7 @@ class ReplayBuffer:
         """Store a step of E T environments, (E * T, ...) each. next_obs: where an episode ended, its last one. Raises
         FloatingPointError if an environment's part is not finite."""
         step = np.column_stack([obs, action, reward, next_obs, terminated]).astype(np.float32)
-        for i, column in np.argwhere(~np.isfinite(step)):
+        for i, column in np.argwhere(~np.isfinite(step))[:1]:
             what = "reward" if column == sum(self.widths[:2]) else "observation"
             raise FloatingPointError(f"the {what} of {self.tasks[i % len(self.tasks)]} is not finite")
         rows = slice(self.position, self.position + len(step))
@@ -554,7 +557,7 @@ def task_names(env_id: str) -> list[str]:
 
 
 def make_env(task: str, args: Args, seed: int) -> gym.Env:
-    """The environment of a task. args.seed chooses its goals, seed their order."""
+    """The environment of a task. args.seed chooses its goals, seed which of them an episode gets."""
     env = metaworld.make_mt_envs(task, seed=args.seed, max_episode_steps=args.episode_length)
     env.unwrapped.seed(seed)  # Meta-World's reset ignores its seed
     if args.goals == "fixed":
@@ -581,7 +584,7 @@ def make_envs(tasks: list[str], args: Args, seed: int):
     """AsyncVectorEnv of E T environments with actions in [-1, 1]. Raises ChildProcessError if one of them dies."""
     names = tasks * args.envs_per_task
 
-    def make(i):  # each environment of a task has an order of goals of its own
+    def make(i):  # each environment of a task draws its own goals
         if sys.platform == "linux" and multiprocessing.parent_process():  # in a worker
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it dies with the learner, even if it hangs
         env = make_env(names[i], args, seed + i // len(tasks))
@@ -696,8 +699,8 @@ class RunLog:
     def __init__(self, args: Args, tasks: list[str], run: SimpleNamespace, saved: dict | None):
         self.tasks = tasks
         self.total_steps = args.total_steps
-        self.steps = args.envs_per_task * len(tasks) * RANKS  # for each update
-        self.last = copy.copy(run)
+        self.steps = args.envs_per_task * len(tasks) * RANKS  # of the environments, per update
+        self.last = copy.copy(run)  # as it was at the row before
         self.warned = []
         name = f"{args.env_id[:99]}-{args.goals}-seed{args.seed}-{int(time.time())}-{os.getpid()}"
         self.run_dir = Path(args.resume or Path(args.results_dir, args.run_name or name))
@@ -709,12 +712,11 @@ class RunLog:
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            check(False, f"{self.run_dir}: another process has it")
-        packages = "torch", "numpy", "metaworld", "mujoco", "gymnasium", "tyro"
-        versions = {name: version(name) for name in packages}
-        commit = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD 2>/dev/null")
-        facts = {"args": asdict(args), "tasks": tasks, "commit": commit, "python": sys.version, "versions": versions}
-        self.facts = json.dumps(facts, indent=2)
+            check(False, f"another process uses {self.run_dir}")
+        versions = {name: version(name) for name in ("torch", "numpy", "metaworld", "mujoco", "gymnasium", "tyro")}
+        git = f"git -C '{Path(__file__).parent}' describe --always --dirty --abbrev=40 --exclude '*' 2>/dev/null"
+        facts = {"args": asdict(args), "tasks": tasks, "commit": subprocess.getoutput(git)}
+        self.facts = json.dumps(facts | {"python": sys.version, "versions": versions}, indent=2)
         columns = [*vars(run), "steps_per_second", *METRICS]
         columns += [f"{name}/{task}" for name in METRICS for task in tasks]
         self.text = saved["log"] if saved else ",".join(columns) + "\n"  # as at the checkpoint
@@ -741,7 +743,7 @@ class RunLog:
         self.last = copy.copy(run)
         record = vars(run) | {"steps_per_second": speed}
         for name, values in metrics.items():
-            values = torch.as_tensor(values).tolist()
+            values = torch.as_tensor(values).expand(len(self.tasks)).tolist()
             record[name] = float(np.mean(values))
             record |= {f"{name}/{task}": value for task, value in zip(self.tasks, values)}
         header, *rows = self.text.splitlines()
@@ -756,7 +758,7 @@ class RunLog:
         line = f"step {run.global_step:,}, {speed:,.1f} steps/s"
         if updates:  # only they take long
             updates_left = max(self.total_steps - run.global_step, 0) / self.steps
-            line += f", {updates_left * seconds / updates / 3600:.1f} hours left"
+            line += f", {timedelta(seconds=round(updates_left * seconds / updates))} left"
         for name in ("train_success", "train_return"):
             line += f", {name} {record.get(name, math.nan):.2f}"
         say(line)
@@ -771,19 +773,18 @@ def save_run(log: RunLog | None, agent: Agent, replay: ReplayBuffer, run: Simple
     if not all(parameter.isfinite().all() for parameter in agent.parameters()):
         raise FloatingPointError("the weights are not finite")
     rings = replay.transitions, replay.routes
-    rings = [ring[: replay.size].to("cpu", copy=True) for ring in rings]
+    rings = [ring[: replay.size].to("cpu", copy=True) for ring in rings]  # not their whole storage
     rings_of_ranks = [rings] * RANKS
     if RANKS > 1:
         torch.distributed.gather_object(rings, rings_of_ranks if log else None)
     if log:
         args = asdict(agent.args)
         weights = {name: value.cpu() for name, value in agent.actor.state_dict().items()}
-        policy = {"args": args, "actor": weights}
         checkpoint = {"args": args, "progress": vars(run), "log": log.text, "agent": agent.state_dict()}
         checkpoint |= {"rings": rings_of_ranks, "position": replay.position}
         checkpoint["optimizer"] = agent.optimizer.state_dict()["state"]
         write_file(log.run_dir / "checkpoint.pt", partial(torch.save, checkpoint))
-        write_file(log.run_dir / "actor.pt", partial(torch.save, policy))
+        write_file(log.run_dir / "actor.pt", partial(torch.save, {"args": args, "actor": weights}))
         write_file(log.run_dir / "args.json", lambda path: path.write_text(log.facts))
 
 
@@ -825,7 +826,7 @@ def train(args: Args, tasks: list[str], saved: dict | None, stop: list) -> None:
     """Train until --total-steps or a signal in `stop`; with --evaluate only evaluate. Raises what main catches."""
     run = SimpleNamespace(**(saved["progress"] if args.resume else PROGRESS))
     log = RunLog(args, tasks, run, saved) if RANK == 0 and not args.evaluate else None
-    seed = args.seed + 10_000 * RANK + run.global_step  # new goals and new noise after a resume
+    seed = args.seed + 10_000 * RANK + run.global_step  # after a resume other goals and noise
     with make_envs(tasks, args, seed) as envs:
         agent = make_agent(args, envs, len(tasks))  # only now, so that the workers hold nothing of CUDA
         device = agent.task.device
@@ -873,7 +874,7 @@ def train(args: Args, tasks: list[str], saved: dict | None, stop: list) -> None:
             due = run.global_step // args.eval_every > run.evaluated_at // args.eval_every
             due |= run.global_step >= args.total_steps
             if log and (due or run.global_step % args.log_every < N * RANKS):
-                metrics = losses | {"alpha": agent.log_alpha.detach().exp()}  # a live graph would spoil a capture
+                metrics = losses | {"alpha": agent.log_alpha.detach().exp()}  # not its graph
                 metrics |= {"temperature": agent.temperature()} if args.sample_k else {}
                 metrics["left_out"] = agent.left_out / max(run.updates - log.last.updates, 1)
                 agent.left_out.zero_()
@@ -908,13 +909,13 @@ POLICY = ["env_id", *NETWORK]
 RUN = ["goals", "episode_length", "envs_per_task", "seed", "buffer_size"]
 
 
-def load(args: Args, argv: list[str]) -> tuple[Args, dict]:
+def load(args: Args, argv: list[str] | None) -> tuple[Args, dict]:
     """What --resume or --evaluate names, by its file or directory, and its arguments, which argv may override."""
-    part = "rings" if args.resume else "actor"
-    path = Path(args.resume or args.evaluate)
+    part = "rings" if args.evaluate is None else "actor"
+    path = Path(args.resume if args.evaluate is None else args.evaluate)
     if path.is_dir():
-        path = path / ("checkpoint.pt" if args.resume else "actor.pt")
-    check(path.is_file(), f"there is no {path} (runs kept in the repository have no checkpoint)")
+        path = path / ("checkpoint.pt" if args.evaluate is None else "actor.pt")
+    check(path.is_file(), f"there is no {path}: a wrong path, or a run that had not begun or is kept without it")
     try:
         damaged = zipfile.ZipFile(path).testzip()
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -926,8 +927,7 @@ def load(args: Args, argv: list[str]) -> tuple[Args, dict]:
     check(args.evaluate or len(saved[part]) == RANKS, f"--resume: start as many ranks as before, {len(saved[part])}")
     old = Args()
     vars(old).update(saved["args"], resume=None, evaluate=None)  # options of other versions are ignored
-    if args.evaluate:
-        old.envs_per_task = 1  # no more processes than it takes
+    old.envs_per_task = 1 if args.evaluate else old.envs_per_task  # no more processes than it takes
     args = tyro.cli(Args, args=argv, default=old)
     for name in POLICY + (RUN if args.resume else []):
         was = getattr(old, name)
@@ -938,15 +938,12 @@ def load(args: Args, argv: list[str]) -> tuple[Args, dict]:
 
 def parse_arguments(argv: list[str] | None) -> tuple[Args, list[str], dict | None]:
     """The arguments, with every budget filled in; the tasks; what --resume or --evaluate names."""
-    texts = sys.argv[1:] if argv is None else argv
-    argv = [re.sub(r"(?<![^=])\d+(\.\d+)?e\d+$", lambda n: f"{float(n[0]):.0f}", text) for text in texts]  # 1e6
     args = tyro.cli(Args, args=argv)
     saved = None
     check(RANK < RANKS and (RANKS == 1 or "MASTER_ADDR" in os.environ), "RANK, WORLD_SIZE: set them by torchrun")
-    check("" not in (args.evaluate, args.resume), "--evaluate and --resume need a path")
     check(not (args.evaluate and args.resume), "--evaluate or --resume, not both")
     check(not args.evaluate or RANKS == 1, "--evaluate: start it without torchrun")
-    if args.evaluate or args.resume:
+    if args.evaluate is not None or args.resume is not None:
         args, saved = load(args, argv)
     tasks = task_names(args.env_id)
     T = len(tasks)
@@ -955,8 +952,9 @@ def parse_arguments(argv: list[str] | None) -> tuple[Args, list[str], dict | Non
     for name, per_task in budgets.items():
         if getattr(args, name) is None:
             setattr(args, name, per_task * T)
+    episodes = args.episode_length * args.envs_per_task * T * RANKS
     if args.eval_every is None:
-        args.eval_every = max(args.total_steps // 100, args.eval_episodes * args.episode_length * T)
+        args.eval_every = max(args.total_steps // 100, args.eval_episodes * args.episode_length * T, episodes)
     limits = LIMITS | {"top_k": (0, args.num_modules)}
     for name, value in asdict(args).items():
         low, high = limits.get(name, (1e-18, 1e18))
@@ -967,6 +965,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[Args, list[str], dict | Non
     P = args.parallel_modules
     layered = args.routing != "module"
     least = max(args.batch_size, args.envs_per_task * T * RANKS)
+    check(args.eval_every >= episodes, f"--eval-every must be at least {episodes}: an episode of all")
+    check(not args.track or (args.tensorboard and find_spec("wandb")), "--track needs TensorBoard, pip install wandb")
     check(args.encoder_widths, "--encoder-widths needs at least one width")
     check(layered or P == Args.parallel_modules, "--parallel-modules is for --routing layer, model")
     check(not layered or args.num_modules % P == 0, f"--num-modules is no multiple of --parallel-modules, {P}")
@@ -986,14 +986,15 @@ def main(argv: list[str] | None = None) -> None:
             raise KeyboardInterrupt
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, handle)
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # which nohup sets
+            signal.signal(number, handle)
     try:
         args, tasks, saved = parse_arguments(argv)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(args.torch_deterministic)
         torch.manual_seed(args.seed)
         train(args, tasks, saved, stop)
-    except (FloatingPointError, OSError, ImportError) as error:
+    except (FloatingPointError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)

@@ -2,7 +2,7 @@
 """Plot the evaluations of runs (needs matplotlib).
 
 python results/plot.py results/RUN ...   success (else return) and modules used of each task, in RUN/progress.png
-python results/plot.py                   mean success of results/MT10-*, and published curves, in results/mt10.png
+python results/plot.py                   mean success of the kept runs of MT10, and published curves, in results/mt10.png
 """
 
 import argparse
@@ -24,6 +24,7 @@ PUBLISHED = {
     "MTSAC, 1.4M parameters": (0.39, 0.66, 0.72, 0.75, 0.83, 0.85, 0.85),
     "width 256": (0.28, 0.49, 0.58, 0.66, 0.70, 0.75, 0.74),
 }
+KEPT = "MT10-cpu", "MT10-gpu"
 # MT10-gpu's machine was gone before it could save these: they are from the terminal.
 NOT_SAVED = {"MT10-gpu": ((750_000, 0.59), (1_000_000, 0.56))}
 
@@ -66,7 +67,7 @@ def plot(run_dir: Path) -> Path:
         for index, task in enumerate(tasks):
             values = [float(row[f"{name}/{task}"]) for row in rows]
             axis.plot(steps, values, markersize=4, linewidth=1.2, label=task, **style(index))
-        axis.plot(steps, [float(row[name]) for row in rows], color="black", linewidth=2, label="mean")
+        axis.plot(steps, [float(row[name]) for row in rows], color="black", marker=".", linewidth=2, label="mean")
         axis.set(xlabel="environment steps, summed over tasks", title=title)
         axis.xaxis.set_major_formatter(lambda step, _: f"{step / 1e6:g}M" if steps[-1] > 2e6 else f"{step / 1000:g}k")
         if len(steps) == 1:
@@ -82,7 +83,7 @@ def plot(run_dir: Path) -> Path:
 def plot_mt10(results: Path) -> Path:
     """Write mt10.png: the runs of MT10 that are kept, beside published ones."""
     figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
-    for index, run_dir in enumerate(sorted(results.glob("MT10-*"))):
+    for index, run_dir in enumerate(results / name for name in KEPT if (results / name).exists()):
         points = [(int(row["global_step"]), float(row["success"])) for row in evaluations(run_dir)]
         points += NOT_SAVED.get(run_dir.name, ())
         axis.plot(*zip(*points), linewidth=2.2, markersize=5, label=f"D2R, {run_dir.name}", **style(index))
