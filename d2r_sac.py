@@ -71,7 +71,7 @@ class Args:
     episode_length: int = 200  # time limit of an episode, in steps; at most 500
     envs_per_task: int = 1  # E, environments of each task; scale batch_size with it (README)
     # Budgets count environment steps or transitions, summed over tasks, environments and ranks.
-    total_steps: int | None = None  # environment steps, as 1_000_000 (MT10 15M, MT50 50M, or 1.5M each)
+    total_steps: int | None = None  # environment steps, as 1_000_000 (MT10 15M, MT50 50M)
     buffer_size: int | None = None  # transitions (MT10 1M, MT50 10M, else 100,000 per task)
     batch_size: int | None = None  # samples of an update, equally many of each task (128 each)
     learning_starts: int | None = None  # environment steps before updates begin (4,000 per task)
@@ -111,7 +111,7 @@ class Args:
     resume: str | None = None  # a run's directory: go on with it; options override its own
     evaluate: str | None = None  # a run's directory, or an actor.pt: only evaluate
     log_every: int = 10_000  # environment steps between rows of progress.csv
-    checkpoint_minutes: float = 10.0  # between checkpoints; there is one at the end, too, and at a signal
+    checkpoint_minutes: float = 10.0  # between checkpoints; one comes at the end or a signal
     tensorboard: bool = True  # write TensorBoard events, where it is installed
     track: bool = False  # send them to Weights & Biases, too (pip install wandb)
 
@@ -206,7 +206,7 @@ def routing_weights(logits: Tensor, routes: Tensor) -> Tensor:
 def gradient_kept(logits: Tensor) -> Tensor:
     """ResRouting: true for the edges that today's routing is likely to take, p_ij > 1 / (n_i + 1). (B, M, M).
     p_i is the softmax of module i's logits, at temperature 1, over the n_i sources that it may choose from."""
-    num_sources = (logits[:1] > -torch.inf).sum(-1, keepdim=True, dtype=logits.dtype)  # n_i, for every sample
+    num_sources = (logits[:1] > -torch.inf).sum(-1, keepdim=True, dtype=logits.dtype)  # n_i
     return logits.softmax(-1) > 1 / (num_sources + 1)
 
 
@@ -401,7 +401,7 @@ class Agent(nn.Module):
         self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.full((num_tasks,), math.log(args.initial_alpha)))
         self.register_buffer("task", torch.arange(num_tasks), persistent=False)
-        self.register_buffer("left_out", torch.zeros(num_tasks), persistent=False)  # number of updates
+        self.register_buffer("left_out", torch.zeros(num_tasks), persistent=False)  # counts updates
         self.target_entropy = -action_dim if args.target_entropy is None else args.target_entropy
         self.to(device)
         groups = [{"params": list(network.parameters())} for network in (self.actor, *critics)]
@@ -654,7 +654,7 @@ def evaluate(agent: Agent, envs, tasks: list[str], episodes: int, stop: list) ->
     act = CUDAGraph(partial(agent.act, deterministic=True))
     T = len(tasks)
     obs, _ = envs.reset()
-    share = math.ceil(episodes * T / len(obs))  # of each environment; else short episodes would be preferred
+    share = math.ceil(episodes * T / len(obs))  # of each environment: short episodes count no more
     ended = [[] for _ in obs]
     used = []
     while min(len(summaries) for summaries in ended) < share:
@@ -706,7 +706,7 @@ class RunLog:
         self.run_dir = Path(args.resume or Path(args.results_dir, args.run_name or name))
         self.path = self.run_dir / "progress.csv"
         vacant = args.resume or not (self.run_dir / "args.json").exists()
-        check(vacant, f"--run-name: {self.run_dir} holds a run; choose another, --resume or delete it")
+        check(vacant, f"--run-name: {self.run_dir} holds a run; choose another, or --resume")
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.run_dir / ".lock", "w")  # noqa: SIM115
         try:
@@ -810,7 +810,7 @@ def make_agent(args: Args, envs, T: int) -> Agent:
         torch.set_float32_matmul_precision("highest" if args.torch_deterministic else "high")
     if RANKS > 1:
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        torch.distributed.init_process_group(backend, timeout=timedelta(days=1))  # evaluations may be long
+        torch.distributed.init_process_group(backend, timeout=timedelta(days=1))  # as evaluations
     (obs_dim,) = envs.single_observation_space.shape
     (action_dim,) = envs.single_action_space.shape
     agent = Agent(obs_dim, action_dim, T, args, "cuda" if cuda else "cpu")
@@ -828,7 +828,7 @@ def train(args: Args, tasks: list[str], saved: dict | None, stop: list) -> None:
     log = RunLog(args, tasks, run, saved) if RANK == 0 and not args.evaluate else None
     seed = args.seed + 10_000 * RANK + run.global_step  # after a resume other goals and noise
     with make_envs(tasks, args, seed) as envs:
-        agent = make_agent(args, envs, len(tasks))  # only now, so that the workers hold nothing of CUDA
+        agent = make_agent(args, envs, len(tasks))  # after the workers, which need no CUDA
         device = agent.task.device
         obs, _ = envs.reset(seed=seed)
         if args.evaluate:
@@ -926,8 +926,8 @@ def load(args: Args, argv: list[str] | None) -> tuple[Args, dict]:
         check(False, f"{path} is damaged or of another version: {reason}")
     check(args.evaluate or len(saved[part]) == RANKS, f"--resume: start as many ranks as before, {len(saved[part])}")
     old = Args()
-    vars(old).update(saved["args"], resume=None, evaluate=None)  # options of other versions are ignored
-    old.envs_per_task = 1 if args.evaluate else old.envs_per_task  # no more processes than it takes
+    vars(old).update(saved["args"], resume=None, evaluate=None)  # unknown ones are ignored
+    old.envs_per_task = 1 if args.evaluate else old.envs_per_task  # fewer processes
     args = tyro.cli(Args, args=argv, default=old)
     for name in POLICY + (RUN if args.resume else []):
         was = getattr(old, name)
@@ -963,14 +963,13 @@ def parse_arguments(argv: list[str] | None) -> tuple[Args, list[str], dict | Non
             valid = type(number) not in (int, float) or low <= number <= high
             check(valid, f"--{name.replace('_', '-')} is {number}; it must {wanted}")
     P = args.parallel_modules
-    layered = args.routing != "module"
     least = max(args.batch_size, args.envs_per_task * T * RANKS)
     check(args.eval_every >= episodes, f"--eval-every must be at least {episodes}: an episode of all")
     check(not args.track or (args.tensorboard and find_spec("wandb")), "--track needs TensorBoard, pip install wandb")
     check(args.encoder_widths, "--encoder-widths needs at least one width")
-    check(layered or P == Args.parallel_modules, "--parallel-modules is for --routing layer, model")
-    check(not layered or args.num_modules % P == 0, f"--num-modules is no multiple of --parallel-modules, {P}")
-    check(args.batch_size % (T * RANKS) == 0, f"--batch-size is no multiple of tasks times ranks, {T * RANKS}")
+    check(args.routing != "module" or P == Args.parallel_modules, "--parallel-modules is for --routing layer, model")
+    check(args.routing == "module" or args.num_modules % P == 0, f"--num-modules must be a multiple of {P}")
+    check(args.batch_size % (T * RANKS) == 0, f"--batch-size must be a multiple of {T * RANKS}: tasks times ranks")
     check(args.buffer_size >= least, f"--buffer-size must be at least {least}: a batch, and a step of all")
     check(args.device != "cuda" or torch.cuda.is_available(), "--device: PyTorch finds no cuda here")
     return args, tasks, saved
@@ -986,7 +985,7 @@ def main(argv: list[str] | None = None) -> None:
             raise KeyboardInterrupt
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # which nohup sets
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup's
             signal.signal(number, handle)
     try:
         args, tasks, saved = parse_arguments(argv)

@@ -1080,6 +1080,12 @@ def test_environments_that_do_not_fit_end_the_run(tmp_path, pendulums, monkeypat
         assert message in error[0]
 
 
+def test_nohup_holds():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    assert main("--env-id", "none") == 2
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN != signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+
+
 def test_an_environment_that_hangs(tmp_path, pendulums, monkeypatch):
     """Signals wait for it; one that comes ten seconds later ends the run. Nothing lives on, nor after kill -9."""
     make_env = d2r.make_env
@@ -1171,14 +1177,14 @@ MISTAKES = f"""
 --env-id MT11: 'MT11' is unknown, or named twice; the nearest: MT10
 --env-id reach-v3,drawer-closed-v3: 'drawer-closed-v3' is unknown, or named twice; the nearest: drawer-close-v3
 --env-id reach-v3,push-v3,reach-v3: 'reach-v3' is unknown, or named twice
---batch-size 1281: --batch-size is no multiple of tasks times ranks, 10
+--batch-size 1281: --batch-size must be a multiple of 10: tasks times ranks
 --buffer-size 100: --buffer-size must be at least 1280: a batch, and a step of all
 --buffer-size 1300 --envs-per-task 200: --buffer-size must be at least 2000
 --envs-per-task 0: --envs-per-task is 0; it must lie between 1 and 1000
 --learning-rate nan: --learning-rate is nan; it must be positive and finite
 --top-k 17: --top-k is 17; it must lie between 0 and 16
 --parallel-modules 2: --parallel-modules is for --routing layer, model
---routing layer --parallel-modules 5: --num-modules is no multiple of --parallel-modules, 5
+--routing layer --parallel-modules 5: --num-modules must be a multiple of 5
 --encoder-widths: --encoder-widths needs at least one width
 --router-widths 32 0: --router-widths is 0; it must be positive and finite
 --device cuda: --device: PyTorch finds no cuda here
