@@ -631,6 +631,7 @@ def signal_handlers():
     old = {
         number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGXFSZ)
     }
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # else the tests would fail under nohup
     yield  # main replaces them
     for number, handler in old.items():
         signal.signal(number, handler)
