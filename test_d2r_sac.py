@@ -1116,10 +1116,8 @@ def test_an_environment_that_hangs(tmp_path, pendulums, monkeypatch):
 
 
 def test_a_run_has_one_process(tmp_path, pendulums, capsys):
-    process = learner(tmp_path / "log", [*ENDLESS.split(), "--results-dir", tmp_path, "--checkpoint-minutes", "0.001"])
+    process = learner(tmp_path / "log", [*ENDLESS.split(), "--results-dir", tmp_path])
     workers_after(process, tmp_path / "run", 1)
-    while not (tmp_path / "run" / "checkpoint.pt").exists():
-        assert process.is_alive()
     before = (tmp_path / "run" / "args.json").read_bytes()
     assert main("--resume", tmp_path / "run") == 2 and "another process uses" in capsys.readouterr().err
     assert (tmp_path / "run" / "args.json").read_bytes() == before
