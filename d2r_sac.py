@@ -71,11 +71,11 @@ class Args:
     episode_length: int = 200  # time limit of an episode, in steps; at most 500
     envs_per_task: int = 1  # E, environments of each task; scale batch_size with it (README)
     # Budgets count environment steps or transitions, summed over tasks, environments and ranks.
-    total_steps: int | None = None  # environment steps, as 1_000_000 (MT10 15M, MT50 50M)
+    total_steps: int | None = None  # environment steps, as 1_000_000 (MT10 15M, MT50 50M, else 1.5M a task)
     buffer_size: int | None = None  # transitions (MT10 1M, MT50 10M, else 100,000 per task)
     batch_size: int | None = None  # samples of an update, equally many of each task (128 each)
     learning_starts: int | None = None  # environment steps before updates begin (4,000 per task)
-    eval_every: int | None = None  # environment steps between evaluations (a 100th of the run)
+    eval_every: int | None = None  # environment steps between evaluations (a 100th of the run, or more)
     eval_episodes: int = 32  # episodes of each task in an evaluation
     # Networks and routing
     num_modules: int = 16  # M, base modules of a network
@@ -83,10 +83,7 @@ class Args:
     routing: Literal["module", "layer", "model"] = "module"  # granularity; see allowed_sources
     parallel_modules: int = 4  # P, width of a layer, or number of chains; for layer or model
     module_width: int = 128  # H, width of a base module
-    encoder_widths: tuple[int, ...] = (
-        400,
-        400,
-    )  # of the state encoder; the task encoder has the last
+    encoder_widths: tuple[int, ...] = (400, 400)  # of the state encoder; the task's has the last only
     router_widths: tuple[int, ...] = (256, 256)  # of the layers that follow, up to the logits
     resrouting: bool = True  # ResRouting; without it gradients reach all chosen modules
     route_balancing: bool = True  # without it every task samples routes at temperature 1
@@ -654,7 +651,7 @@ def evaluate(agent: Agent, envs, tasks: list[str], episodes: int, stop: list) ->
     act = CUDAGraph(partial(agent.act, deterministic=True))
     T = len(tasks)
     obs, _ = envs.reset()
-    share = math.ceil(episodes * T / len(obs))  # of each environment: short episodes count no more
+    share = math.ceil(episodes * T / len(obs))  # of each environment: short episodes are not preferred
     ended = [[] for _ in obs]
     used = []
     while min(len(summaries) for summaries in ended) < share:
@@ -810,7 +807,8 @@ def make_agent(args: Args, envs, T: int) -> Agent:
         torch.set_float32_matmul_precision("highest" if args.torch_deterministic else "high")
     if RANKS > 1:
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        torch.distributed.init_process_group(backend, timeout=timedelta(days=1))  # as evaluations
+        # Other ranks wait while rank 0 evaluates.
+        torch.distributed.init_process_group(backend, timeout=timedelta(days=1))
     (obs_dim,) = envs.single_observation_space.shape
     (action_dim,) = envs.single_action_space.shape
     agent = Agent(obs_dim, action_dim, T, args, "cuda" if cuda else "cpu")
@@ -828,7 +826,7 @@ def train(args: Args, tasks: list[str], saved: dict | None, stop: list) -> None:
     log = RunLog(args, tasks, run, saved) if RANK == 0 and not args.evaluate else None
     seed = args.seed + 10_000 * RANK + run.global_step  # after a resume other goals and noise
     with make_envs(tasks, args, seed) as envs:
-        agent = make_agent(args, envs, len(tasks))  # after the workers, which need no CUDA
+        agent = make_agent(args, envs, len(tasks))  # only now: the workers hold nothing of CUDA
         device = agent.task.device
         obs, _ = envs.reset(seed=seed)
         if args.evaluate:
@@ -874,7 +872,7 @@ def train(args: Args, tasks: list[str], saved: dict | None, stop: list) -> None:
             due = run.global_step // args.eval_every > run.evaluated_at // args.eval_every
             due |= run.global_step >= args.total_steps
             if log and (due or run.global_step % args.log_every < N * RANKS):
-                metrics = losses | {"alpha": agent.log_alpha.detach().exp()}  # not its graph
+                metrics = losses | {"alpha": agent.log_alpha.detach().exp()}  # without its autograd graph
                 metrics |= {"temperature": agent.temperature()} if args.sample_k else {}
                 metrics["left_out"] = agent.left_out / max(run.updates - log.last.updates, 1)
                 agent.left_out.zero_()
@@ -926,8 +924,9 @@ def load(args: Args, argv: list[str] | None) -> tuple[Args, dict]:
         check(False, f"{path} is damaged or of another version: {reason}")
     check(args.evaluate or len(saved[part]) == RANKS, f"--resume: start as many ranks as before, {len(saved[part])}")
     old = Args()
-    vars(old).update(saved["args"], resume=None, evaluate=None)  # unknown ones are ignored
-    old.envs_per_task = 1 if args.evaluate else old.envs_per_task  # fewer processes
+    vars(old).update(saved["args"], resume=None, evaluate=None)  # of any version
+    if args.evaluate:  # without what only training needs
+        vars(old).update(envs_per_task=1, eval_every=None, track=False, device="auto")
     args = tyro.cli(Args, args=argv, default=old)
     for name in POLICY + (RUN if args.resume else []):
         was = getattr(old, name)
@@ -952,9 +951,9 @@ def parse_arguments(argv: list[str] | None) -> tuple[Args, list[str], dict | Non
     for name, per_task in budgets.items():
         if getattr(args, name) is None:
             setattr(args, name, per_task * T)
-    episodes = args.episode_length * args.envs_per_task * T * RANKS
+    one_episode = args.episode_length * args.envs_per_task * T * RANKS  # of every environment
     if args.eval_every is None:
-        args.eval_every = max(args.total_steps // 100, args.eval_episodes * args.episode_length * T, episodes)
+        args.eval_every = max(args.total_steps // 100, args.eval_episodes * args.episode_length * T, one_episode)
     limits = LIMITS | {"top_k": (0, args.num_modules)}
     for name, value in asdict(args).items():
         low, high = limits.get(name, (1e-18, 1e18))
@@ -964,7 +963,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[Args, list[str], dict | Non
             check(valid, f"--{name.replace('_', '-')} is {number}; it must {wanted}")
     P = args.parallel_modules
     least = max(args.batch_size, args.envs_per_task * T * RANKS)
-    check(args.eval_every >= episodes, f"--eval-every must be at least {episodes}: an episode of all")
+    check(args.eval_every >= one_episode, f"--eval-every must be at least {one_episode}: an episode of all")
     check(not args.track or (args.tensorboard and find_spec("wandb")), "--track needs TensorBoard, pip install wandb")
     check(args.encoder_widths, "--encoder-widths needs at least one width")
     check(args.routing != "module" or P == Args.parallel_modules, "--parallel-modules is for --routing layer, model")
@@ -985,7 +984,7 @@ def main(argv: list[str] | None = None) -> None:
             raise KeyboardInterrupt
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup's
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # under nohup
             signal.signal(number, handle)
     try:
         args, tasks, saved = parse_arguments(argv)

@@ -730,7 +730,8 @@ def test_a_run_on_meta_world(tmp_path, capsys):
 def test_a_kept_policy_is_evaluated(tmp_path, capfd):
     """One that was made with an option which is gone."""
     saved = torch.load(RESULTS / "three-tasks/actor.pt", weights_only=True)
-    torch.save(saved | {"args": saved["args"] | {"precision": "float32"}}, tmp_path / "actor.pt")
+    trained = {"precision": "float32", "eval_every": 1, "track": True, "device": "cuda"}  # are of no concern here
+    torch.save(saved | {"args": saved["args"] | trained}, tmp_path / "actor.pt")
     assert main("--evaluate", tmp_path / "actor.pt", "--eval-episodes", "2") == 0
     lines = capfd.readouterr().out.splitlines()
     assert lines[-3].startswith("drawer-close-v3: success 1.00") and lines[-2].startswith("door-close-v3: success 1.00")
