@@ -398,7 +398,7 @@ class Agent(nn.Module):
         self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.full((num_tasks,), math.log(args.initial_alpha)))
         self.register_buffer("task", torch.arange(num_tasks), persistent=False)
-        self.register_buffer("left_out", torch.zeros(num_tasks), persistent=False)  # counts updates
+        self.register_buffer("left_out", torch.zeros(num_tasks), persistent=False)  # in updates
         self.target_entropy = -action_dim if args.target_entropy is None else args.target_entropy
         self.to(device)
         groups = [{"params": list(network.parameters())} for network in (self.actor, *critics)]
@@ -651,7 +651,7 @@ def evaluate(agent: Agent, envs, tasks: list[str], episodes: int, stop: list) ->
     act = CUDAGraph(partial(agent.act, deterministic=True))
     T = len(tasks)
     obs, _ = envs.reset()
-    share = math.ceil(episodes * T / len(obs))  # of each environment: short episodes are not preferred
+    share = math.ceil(episodes * T / len(obs))  # of each environment: short ones are not preferred
     ended = [[] for _ in obs]
     used = []
     while min(len(summaries) for summaries in ended) < share:
