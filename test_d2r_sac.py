@@ -1390,7 +1390,7 @@ def test_plots(tmp_path, monkeypatch, capsys):
 
 
 def test_ablation(tmp_path, monkeypatch, capsys):
-    """Starts, resumes, begins anew or leaves alone; a table of what is finished, checked by hand; bad options."""
+    """Starts, resumes or leaves alone; a table of what is finished, checked by hand; bad options."""
     ablation, commands = importlib.import_module("ablation"), []
 
     def start(command, env, **options):
@@ -1403,30 +1403,40 @@ def test_ablation(tmp_path, monkeypatch, capsys):
         (tmp_path / name / "args.json").write_text(json.dumps({"args": {"total_steps": 60}}))
         rows = [f"{10 * n},{value},{n}\n{10 * n + 5},,\n" for n, value in enumerate(success, start=1)]
         (tmp_path / name / "progress.csv").write_text("global_step,success,modules_used\n" + "".join(rows))
+        (tmp_path / name / "checkpoint.pt").touch()
 
     monkeypatch.setattr(ablation.subprocess, "Popen", start)
     write("d2r-seed1", [0, 0.1, 0.2, 0.5, 0.6, 0.6])  # the last five: mean 0.4, and 4 modules used
     write("d2r-seed2", [0, 0, 0, 0.1, 0.2, 0.2])  # 0.1
     write("k3-seed1", [0, 0.9])  # unfinished
-    write("k3-seed3", [])  # killed before its first checkpoint
     write("layer-seed4", [0.5] * 6)
-    for run in ("d2r-seed1", "k3-seed1"):  # the former needs nothing more
-        (tmp_path / run / "checkpoint.pt").touch()
-    options = ["--seeds", "1", "2", "3", "--only", "k3", "d2r", "--variant", "k3=--top-k 3", "--jobs", "1"]
-    assert main(*options, "--runs", tmp_path, function=ablation.main) == 1  # the second seed of k3 fails
-    new = (("k3-seed2", "--top-k 3 --seed 2"), ("k3-seed3", "--top-k 3 --seed 3"), ("d2r-seed3", "--seed 3"))
-    new = [f"{ablation.ARGUMENTS} {arguments} --run-name {run} --results-dir {tmp_path}" for run, arguments in new]
-    assert [" ".join(command.split()) for command in commands] == [
-        " ".join(command.split()) for command in (f"--resume {tmp_path}/k3-seed1", *new)
+    options = [
+        "--seeds",
+        "1",
+        "2",
+        "--variant",
+        "k3=--top-k 3",
+        "--variant",
+        "model",
+        "--jobs",
+        "1",
+        "--runs",
+        tmp_path,
     ]
-    assert not (tmp_path / "k3-seed3" / "args.json").exists()  # which would stop a run of this name
-    out, err = capsys.readouterr()
+    assert main(*options, function=ablation.main) == 1  # the second seed of k3 fails
+    new = [("k3", 2, "--top-k 3"), *(("model", seed, ablation.VARIANTS["model"]) for seed in (1, 2))]
+    new = {
+        f"{ablation.ARGUMENTS} {variant} --seed {seed} --run-name {name}-seed{seed} --results-dir {tmp_path}"
+        for name, seed, variant in new
+    }
+    assert len(commands) == 4 and {*commands} == {f"--resume {tmp_path}/k3-seed1", *new}
+    out = capsys.readouterr().out
     rows = "| d2r | 2 | 0.25 ± 0.21 | 40 (1 of 2) | 4.0 ± 0.0 |\n| layer | 1 | 0.50 | 10 | 4.0 |\n"
-    assert rows in out and "| k3" not in out and err.startswith("k3-seed2 failed: see ")
+    assert rows in out and "| k3" not in out and "k3-seed2: exit code 1, see " in out
     assert (tmp_path / "table.md").read_text() in out and (tmp_path / "curves.png").read_bytes()[1:4] == b"PNG"
-    assert main("--only", "k3", function=ablation.main) == main("--variant", "k3", function=ablation.main) == 2
+    assert main("--variant", "k3", function=ablation.main) == 2
     monkeypatch.setattr(ablation, "STOP", [signal.SIGTERM])  # it came: nothing more is started
-    assert main(*options, "--runs", tmp_path, function=ablation.main) == 1 and len(commands) == 4
+    assert main(*options, function=ablation.main) == 1 and len(commands) == 4
 
 
 def test_the_kept_ablation_is_what_its_script_runs(tmp_path):
