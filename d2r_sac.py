@@ -711,8 +711,10 @@ class RunLog:
         except BlockingIOError:
             check(False, f"another process uses {self.run_dir}")
         versions = {name: version(name) for name in ("torch", "numpy", "metaworld", "mujoco", "gymnasium", "tyro")}
-        git = f"git -C '{Path(__file__).parent}' describe --always --dirty --abbrev=40 --exclude '*' 2>/dev/null"
-        facts = {"args": asdict(args), "tasks": tasks, "commit": subprocess.getoutput(git)}
+        facts = {"args": asdict(args), "tasks": tasks, "commit": ""}
+        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        with suppress(OSError):  # no git
+            facts["commit"] = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
         self.facts = json.dumps(facts | {"python": sys.version, "versions": versions}, indent=2)
         columns = [*vars(run), "steps_per_second", *METRICS]
         columns += [f"{name}/{task}" for name in METRICS for task in tasks]

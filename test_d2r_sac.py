@@ -1116,6 +1116,13 @@ def test_an_environment_that_hangs(tmp_path, pendulums, monkeypatch):
         assert_ended(workers)
 
 
+def test_the_checkouts_path_goes_through_no_shell(tmp_path, pendulums, monkeypatch):
+    monkeypatch.setattr(d2r, "__file__", f"/none'; touch {tmp_path}/touched; '/d2r_sac.py")
+    assert run(tmp_path, f"{TWO_TASKS} --total-steps 4 --eval-every 20 --eval-episodes 1") == 0
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["commit"] == ""
+    assert not (tmp_path / "touched").exists()
+
+
 def test_a_run_has_one_process(tmp_path, pendulums, capsys):
     process = learner(tmp_path / "log", [*ENDLESS.split(), "--results-dir", tmp_path])
     workers_after(process, tmp_path / "run", 1)
