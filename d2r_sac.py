@@ -41,7 +41,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from difflib import get_close_matches
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import pairwise
@@ -58,8 +58,8 @@ import tyro
 from torch import Tensor, nn
 
 # torchrun starts several processes. Each steps its own copies of the tasks; they average their gradients.
-RANK = int(os.environ.get("RANK", "0"))
-RANKS = int(os.environ.get("WORLD_SIZE", "1"))
+RANK = int(os.environ.get("RANK") or 0)
+RANKS = int(os.environ.get("WORLD_SIZE") or 1)
 
 
 @dataclass
@@ -71,11 +71,11 @@ class Args:
     episode_length: int = 200  # time limit of an episode, in steps; at most 500
     envs_per_task: int = 1  # E, environments of each task; scale batch_size with it (README)
     # Budgets count environment steps or transitions, summed over tasks, environments and ranks.
-    total_steps: int | None = None  # environment steps, as 1_000_000 (MT10 15M, MT50 50M, else 1.5M a task)
-    buffer_size: int | None = None  # transitions (MT10 1M, MT50 10M, else 100,000 per task)
+    total_steps: int | None = None  # environment steps (MT10 15_000_000, MT50 50M, else 1.5M a task)
+    buffer_size: int | None = None  # transitions, in whole steps (MT10 1M, MT50 10M, else 0.1M a task)
     batch_size: int | None = None  # samples of an update, equally many of each task (128 each)
     learning_starts: int | None = None  # environment steps before updates begin (4,000 per task)
-    eval_every: int | None = None  # environment steps between evaluations (a 100th of the run, or more)
+    eval_every: int | None = None  # steps between evaluations (a 100th of the run, or more)
     eval_episodes: int = 32  # episodes of each task in an evaluation
     # Networks and routing
     num_modules: int = 16  # M, base modules of a network
@@ -116,7 +116,7 @@ class Args:
 def check(condition, message: str) -> None:
     """Ends the program with exit code 2, as argparse does, where the user has made a mistake."""
     if not condition:
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {message}".splitlines()[0], file=sys.stderr)
         sys.exit(2)
 
 
@@ -125,7 +125,7 @@ def say(line: str, passing: bool = False) -> None:
     A run goes on where nobody reads it any more, as after `| head`. Only rank 0 speaks."""
     if RANK > 0 or (passing and time.monotonic() < getattr(say, "due", 0)):
         return
-    terminal = sys.stdout.isatty()
+    terminal = sys.stdout is not None and sys.stdout.isatty()
     say.due = time.monotonic() + (1 if terminal else 30)
     erase = "\x1b[K" if terminal else ""
     try:
@@ -506,8 +506,7 @@ class ReplayBuffer:
 
     def __init__(self, capacity, tasks, obs_dim, action_dim, M, K, device):
         self.tasks = tasks
-        self.size = 0
-        self.position = 0
+        self.added = 0  # rows; where the ring is full, each replaces the oldest
         self.widths = obs_dim, action_dim, 1, obs_dim, 1  # of what add takes
         self.transitions = torch.empty(capacity, sum(self.widths), device=device)
         self.routes = torch.empty(capacity, M, K, dtype=torch.uint8, device=device)  # M <= 256
@@ -515,24 +514,24 @@ class ReplayBuffer:
     def add(self, obs, action, reward, next_obs, terminated, routes) -> None:
         """Store a step of E T environments, (E * T, ...) each. next_obs: where an episode ended, its last one. Raises
         FloatingPointError if an environment's part is not finite."""
-        step = np.column_stack([obs, action, reward, next_obs, terminated]).astype(np.float32)
-        for i, column in np.argwhere(~np.isfinite(step))[:1]:
+        step = torch.as_tensor(np.column_stack([obs, action, reward, next_obs, terminated])).float()
+        for i, column in (~step.isfinite()).nonzero()[:1]:
             what = "reward" if column == sum(self.widths[:2]) else "observation"
             raise FloatingPointError(f"the {what} of {self.tasks[i % len(self.tasks)]} is not finite")
-        rows = slice(self.position, self.position + len(step))
-        self.transitions[rows].copy_(torch.as_tensor(step), non_blocking=True)
+        start = self.added % len(self.routes)
+        rows = slice(start, start + len(step))
+        self.transitions[rows].copy_(step, non_blocking=True)
         self.routes[rows] = routes
-        self.position = rows.stop % len(self.routes)
-        self.size = max(self.size, rows.stop)
+        self.added += len(step)
 
     def sample(self, n: int) -> tuple[Tensor, ...]:
         """n transitions of each task, uniformly with replacement: as given to add, (T * n, ...), task by task."""
         T = len(self.tasks)
-        steps = torch.randint(self.size // T, (T, n), device=self.routes.device)
+        stored = min(self.added, len(self.routes)) // T  # of each task
+        steps = torch.randint(stored, (T, n), device=self.routes.device)
         rows = (steps * T + torch.arange(T, device=steps.device)[:, None]).flatten()
         obs, action, reward, next_obs, terminated = self.transitions[rows].split(self.widths, dim=1)
-        terminated = terminated[:, 0] > 0
-        return obs, action, reward[:, 0], next_obs, terminated, self.routes[rows]
+        return obs, action, reward[:, 0], next_obs, terminated[:, 0] > 0, self.routes[rows]
 
 
 # -------------------------------------------------------------------------------------------------------- environments
@@ -583,30 +582,31 @@ def make_envs(tasks: list[str], args: Args, seed: int):
 
     def make(i):  # each environment of a task draws its own goals
         if sys.platform == "linux" and multiprocessing.parent_process():  # in a worker
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it dies with the learner, even if it hangs
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it dies with the learner
         env = make_env(names[i], args, seed + i // len(tasks))
         vectors = len(env.observation_space.shape) == len(env.action_space.shape) == 1
         if not (vectors and env.action_space.is_bounded()):
             raise ValueError(f"{names[i]}: observations and actions must be vectors, and actions bounded")
         return EpisodeSummary(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)))
 
+    envs = None
     try:
-        envs = gym.vector.AsyncVectorEnv([partial(make, i) for i in range(len(names))], autoreset_mode="SameStep")
-    except Exception as error:  # noqa: BLE001 (environments fail in many ways)
-        check(False, f"the environments cannot be made: {error!r}".splitlines()[0])
-    try:
+        workers = [partial(make, i) for i in range(len(names))]
+        envs = gym.vector.AsyncVectorEnv(workers, autoreset_mode="SameStep")
         yield envs
-    except (EOFError, ConnectionError) as error:
-        time.sleep(1)  # the operating system knows a little later who it was
+    except Exception as error:
+        check(envs, f"the environments cannot be made: {error!r}")
+        time.sleep(1)  # the operating system knows a little later who died
         dead = [name for name, process in zip(names, envs.processes) if not process.is_alive()]
         if not dead:
             raise
         raise ChildProcessError(f"the process of {', '.join(dead)} died") from error
-    finally:
-        for process in envs.processes:  # they have nothing to clean up
+    finally:  # the workers ignore SIGTERM, and have nothing to clean up
+        for process in envs.processes if envs else multiprocessing.active_children():
             process.kill()
             process.join()
-        envs.closed = True
+        if envs:
+            envs.closed = True
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
@@ -638,37 +638,40 @@ class CUDAGraph:
         return self.outputs
 
 
-def finite(action: Tensor) -> np.ndarray:
-    """An action as environments take it. Raises FloatingPointError for nan, of which MuJoCo would warn for ever."""
+def finite(action: Tensor, obs: np.ndarray, tasks: list[str]) -> np.ndarray:
+    """The action as environments take it. Raises FloatingPointError for nan, of which MuJoCo would warn for ever."""
     if not action.isfinite().all():
-        raise FloatingPointError("the policy's actions are not finite")
+        bad = np.flatnonzero(~torch.as_tensor(obs).float().isfinite().all(1))
+        what = f"observation of {tasks[bad[0] % len(tasks)]}" if len(bad) else "policy's action"
+        raise FloatingPointError(f"the {what} is not finite")
     return action.numpy()
 
 
 def evaluate(agent: Agent, envs, tasks: list[str], episodes: int, stop: list) -> dict[str, np.ndarray]:
-    """Run at least `episodes` episodes of each task, deterministically. Prints and returns, (T,) each: success, return,
-    and modules used, a mean over all steps. Returns {} once a signal is in `stop`."""
+    """Run `episodes` episodes of each task, deterministically. Prints and returns, (T,) each: success, return, and
+    modules used, a mean over all steps. Returns {} once a signal is in `stop`."""
     act = CUDAGraph(partial(agent.act, deterministic=True))
     T = len(tasks)
     obs, _ = envs.reset()
-    share = math.ceil(episodes * T / len(obs))  # of each environment: short ones are not preferred
-    ended = [[] for _ in obs]
+    E = len(obs) // T
+    left = (episodes + E - 1 - np.arange(E * T) // T) // E  # of each environment, so that lengths do not count
+    ended = [[] for _ in tasks]
     used = []
-    while min(len(summaries) for summaries in ended) < share:
+    while left.any():
         if stop:
             return {}
-        say(f"evaluating: {sum(map(len, ended))} of {share * len(obs)} episodes", passing=True)
+        say(f"evaluating: {sum(map(len, ended))} of {episodes * T} episodes", passing=True)
         action, routes = act(torch.as_tensor(obs, dtype=torch.float32).to(agent.task.device))
         used.append(used_modules(routes).sum(-1).cpu().numpy())
-        obs, _, terminated, truncated, infos = envs.step(finite(action.cpu()))
-        for i in np.flatnonzero(terminated | truncated):
-            ended[i].append(infos["final_info"]["summary"][i])
-    first = np.array([summaries[:share] for summaries in ended])  # (E * T, share, 2)
-    success, total = first.reshape(-1, T, share, 2).mean((0, 2)).T
+        obs, _, terminated, truncated, infos = envs.step(finite(action.cpu(), obs, tasks))
+        for i in np.flatnonzero((terminated | truncated) & (left > 0)):
+            left[i] -= 1
+            ended[i % T].append(infos["final_info"]["summary"][i])
+    success, total = np.mean(ended, axis=1).T  # of (T, episodes, 2)
     modules = np.reshape(used, (-1, T)).mean(0)
     for t, task in enumerate(tasks):
         say(f"{task}: success {success[t]:.2f}, return {total[t]:.1f}, modules used {modules[t]:.1f}")
-    say(f"mean success {success.mean():.2f} of {share * len(obs) // T} episodes, modules used {modules.mean():.1f}")
+    say(f"mean success {success.mean():.2f} of {episodes} episodes, modules used {modules.mean():.1f}")
     return {"success": success, "return": total, "modules_used": modules}
 
 
@@ -695,26 +698,26 @@ class RunLog:
 
     def __init__(self, args: Args, tasks: list[str], run: SimpleNamespace, saved: dict | None):
         self.tasks = tasks
-        self.total_steps = args.total_steps
-        self.steps = args.envs_per_task * len(tasks) * RANKS  # of the environments, per update
+        self.args = args
         self.last = copy.copy(run)  # as it was at the row before
-        self.warned = []
+        self.warn = cache(say)  # once
         name = f"{args.env_id[:99]}-{args.goals}-seed{args.seed}-{int(time.time())}-{os.getpid()}"
-        self.run_dir = Path(args.resume or Path(args.results_dir, args.run_name or name))
+        self.run_dir = Path(args.resume).parent if args.resume else Path(args.results_dir, args.run_name or name)
         self.path = self.run_dir / "progress.csv"
         vacant = args.resume or not (self.run_dir / "args.json").exists()
         check(vacant, f"--run-name: {self.run_dir} holds a run; choose another, or --resume")
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.run_dir / ".lock", "w")  # noqa: SIM115
         try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # workers do not inherit it
         except BlockingIOError:
             check(False, f"another process uses {self.run_dir}")
         versions = {name: version(name) for name in ("torch", "numpy", "metaworld", "mujoco", "gymnasium", "tyro")}
         facts = {"args": asdict(args), "tasks": tasks, "commit": ""}
-        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         with suppress(OSError):  # no git
-            facts["commit"] = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+            git = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+            facts["commit"] = git.stdout.strip()
         self.facts = json.dumps(facts | {"python": sys.version, "versions": versions}, indent=2)
         columns = [*vars(run), "steps_per_second", *METRICS]
         columns += [f"{name}/{task}" for name in METRICS for task in tasks]
@@ -725,29 +728,24 @@ class RunLog:
 
             wandb.init(name=self.run_dir.name, config=asdict(args), sync_tensorboard=True)
         self.tensorboard = None
-        if args.tensorboard:
-            with suppress(ImportError):
-                from torch.utils.tensorboard import SummaryWriter
+        if args.tensorboard and find_spec("tensorboard"):
+            from torch.utils.tensorboard import SummaryWriter
 
-                self.tensorboard = SummaryWriter(self.run_dir, purge_step=run.global_step + 1)
-                rows = "\n".join(f"|{option}|{value}|" for option, value in asdict(args).items())
-                self.tensorboard.add_text("hyperparameters", "|option|value|\n|-|-|\n" + rows)
+            self.tensorboard = SummaryWriter(self.run_dir, purge_step=run.global_step + 1)
+            rows = "\n".join(f"|{option}|{value}|" for option, value in asdict(args).items())
+            self.tensorboard.add_text("hyperparameters", "|option|value|\n|-|-|\n" + rows)
         say(f"{args.env_id}: step {run.global_step:,} of {args.total_steps:,}, in {self.run_dir}")
 
     def write(self, run: SimpleNamespace, metrics: dict) -> None:
         """A row of progress.csv, with each metric's values, (T,), and their mean; a line on the terminal."""
-        seconds = run.seconds - self.last.seconds
-        speed = (run.global_step - self.last.global_step) / seconds
-        updates = run.updates - self.last.updates
-        self.last = copy.copy(run)
+        speed = (run.global_step - self.last.global_step) / (run.seconds - self.last.seconds)
         record = vars(run) | {"steps_per_second": speed}
         for name, values in metrics.items():
             values = torch.as_tensor(values).expand(len(self.tasks)).tolist()
             record[name] = float(np.mean(values))
             record |= {f"{name}/{task}": value for task, value in zip(self.tasks, values)}
         header, *rows = self.text.splitlines()
-        columns = header.split(",")
-        columns += [name for name in record if name not in columns]  # those of a loss that you add
+        columns = list(dict.fromkeys(header.split(",")) | record)  # also of a loss that you add
         rows.append(",".join(f"{record[name]:.9g}" if name in record else "" for name in columns))
         self.text = "\n".join([",".join(columns), *rows, ""])
         write_file(self.path, lambda path: path.write_text(self.text))
@@ -755,16 +753,16 @@ class RunLog:
             for name, value in record.items():
                 self.tensorboard.add_scalar(name, value, run.global_step)
         line = f"step {run.global_step:,}, {speed:,.1f} steps/s"
-        if updates:  # only they take long
-            updates_left = max(self.total_steps - run.global_step, 0) / self.steps
-            line += f", {timedelta(seconds=round(updates_left * seconds / updates))} left"
+        if self.last.global_step >= self.args.learning_starts:  # only updates take long
+            steps_left = max(self.args.total_steps - run.global_step, 0)
+            line += f", {timedelta(seconds=round(steps_left / speed))} left"
         for name in ("train_success", "train_return"):
             line += f", {name} {record.get(name, math.nan):.2f}"
         say(line)
         for task in self.tasks:
-            if record["left_out/" + task] == 1 and task not in self.warned:
-                say(f"{task} is left out of all updates: its losses exceed --max-task-loss; see --reward-scale")
-                self.warned.append(task)
+            if record["left_out/" + task] == 1:
+                self.warn(f"{task} is left out of all updates: its losses exceed --max-task-loss; see --reward-scale")
+        self.last = copy.copy(run)
 
 
 def save_run(log: RunLog | None, agent: Agent, replay: ReplayBuffer, run: SimpleNamespace) -> None:
@@ -772,7 +770,7 @@ def save_run(log: RunLog | None, agent: Agent, replay: ReplayBuffer, run: Simple
     if not all(parameter.isfinite().all() for parameter in agent.parameters()):
         raise FloatingPointError("the weights are not finite")
     rings = replay.transitions, replay.routes
-    rings = [ring[: replay.size].to("cpu", copy=True) for ring in rings]  # not their whole storage
+    rings = [ring[: replay.added].to("cpu", copy=True) for ring in rings]  # copies
     rings_of_ranks = [rings] * RANKS
     if RANKS > 1:
         torch.distributed.gather_object(rings, rings_of_ranks if log else None)
@@ -780,24 +778,23 @@ def save_run(log: RunLog | None, agent: Agent, replay: ReplayBuffer, run: Simple
         args = asdict(agent.args)
         weights = {name: value.cpu() for name, value in agent.actor.state_dict().items()}
         checkpoint = {"args": args, "progress": vars(run), "log": log.text, "agent": agent.state_dict()}
-        checkpoint |= {"rings": rings_of_ranks, "position": replay.position}
-        checkpoint["optimizer"] = agent.optimizer.state_dict()["state"]
+        checkpoint |= {"optimizer": agent.optimizer.state_dict()["state"], "rings": rings_of_ranks}
         write_file(log.run_dir / "checkpoint.pt", partial(torch.save, checkpoint))
         write_file(log.run_dir / "actor.pt", partial(torch.save, {"args": args, "actor": weights}))
         write_file(log.run_dir / "args.json", lambda path: path.write_text(log.facts))
 
 
-def load_run(saved: dict, agent: Agent, replay: ReplayBuffer) -> None:
-    """Put a checkpoint into a fresh agent and replay. The learning rates stay those of the arguments."""
+def load_run(agent: Agent, replay: ReplayBuffer, run: SimpleNamespace) -> None:
+    """Put the checkpoint into a fresh agent and replay. The learning rates stay those of the arguments."""
+    saved = torch.load(agent.args.resume, map_location="cpu", weights_only=True, mmap=True)
+    check(saved["progress"] == vars(run), "--resume: another process went on with the run until now; start again")
     agent.load_state_dict(saved["agent"])
     state = copy.deepcopy(saved["optimizer"])  # the optimizer keeps what it is given
     agent.optimizer.load_state_dict(agent.optimizer.state_dict() | {"state": state})
     transitions, routes = saved["rings"][RANK]
-    replay.position = saved["position"]
-    replay.size = len(routes)
-    replay.transitions[: replay.size] = transitions
-    replay.routes[: replay.size] = routes
-    saved.clear()  # else the file would stay mapped
+    replay.added = saved["progress"]["global_step"] // RANKS
+    replay.transitions[: len(routes)] = transitions
+    replay.routes[: len(routes)] = routes
 
 
 # ------------------------------------------------------------------------------------------------------- training loop
@@ -839,7 +836,7 @@ def train(args: Args, tasks: list[str], saved: dict | None, stop: list) -> None:
         sizes = obs.shape[1], envs.action_space.shape[1], args.num_modules, agent.actor.K
         replay = ReplayBuffer(args.buffer_size // (N * RANKS) * N, tasks, *sizes, device)
         if args.resume:
-            load_run(saved, agent, replay)
+            load_run(agent, replay, run)
         act = CUDAGraph(agent.act)
         update = CUDAGraph(agent.update)
         torch.manual_seed(seed + 1)
@@ -857,7 +854,7 @@ def train(args: Args, tasks: list[str], saved: dict | None, stop: list) -> None:
                 acted = torch.cuda.current_stream().record_event()
                 losses = update(*replay.sample(n)) if learning else losses
                 acted.synchronize()
-            envs.step_async(finite(action))
+            envs.step_async(finite(action, obs, tasks))
             if device.type == "cpu" and learning:  # while the workers step
                 losses = update(*replay.sample(n))
             next_obs, reward, terminated, truncated, infos = envs.step_wait()
@@ -874,7 +871,7 @@ def train(args: Args, tasks: list[str], saved: dict | None, stop: list) -> None:
             due = run.global_step // args.eval_every > run.evaluated_at // args.eval_every
             due |= run.global_step >= args.total_steps
             if log and (due or run.global_step % args.log_every < N * RANKS):
-                metrics = losses | {"alpha": agent.log_alpha.detach().exp()}  # without its autograd graph
+                metrics = losses | {"alpha": agent.log_alpha.detach().exp()}
                 metrics |= {"temperature": agent.temperature()} if args.sample_k else {}
                 metrics["left_out"] = agent.left_out / max(run.updates - log.last.updates, 1)
                 agent.left_out.zero_()
@@ -902,49 +899,49 @@ def train(args: Args, tasks: list[str], saved: dict | None, stop: list) -> None:
 
 
 # --------------------------------------------------------------------------------------------------- the command line
-# Limits of numbers, where positive is not enough. POLICY, and for --resume also RUN: options that must not change.
+# Limits of numbers, where positive is not enough; and the options that a resume must not change, beside the policy's.
 LIMITS = {"gamma": (0, 1), "tau": (0, 1), "initial_alpha": (1e-9, 1), "target_entropy": (-1e9, 1e9)}
 LIMITS |= {"episode_length": (1, 500), "envs_per_task": (1, 1000), "num_modules": (1, 256), "seed": (0, 2**31)}
-POLICY = ["env_id", *NETWORK]
 RUN = ["goals", "episode_length", "envs_per_task", "seed", "buffer_size"]
 
 
 def load(args: Args, argv: list[str] | None) -> tuple[Args, dict]:
     """What --resume or --evaluate names, by its file or directory, and its arguments, which argv may override."""
-    part = "rings" if args.evaluate is None else "actor"
-    path = Path(args.resume if args.evaluate is None else args.evaluate)
+    part = "actor" if args.evaluate else "rings"
+    path = Path(args.evaluate or args.resume)
     if path.is_dir():
-        path = path / ("checkpoint.pt" if args.evaluate is None else "actor.pt")
-    check(path.is_file(), f"there is no {path}: a wrong path, or a run that had not begun or is kept without it")
+        path = path / ("actor.pt" if args.evaluate else "checkpoint.pt")
+    check(path.is_file(), f"there is no {path}: a wrong path, or a run that is kept without it")
     try:
         damaged = zipfile.ZipFile(path).testzip()
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if damaged or part not in saved:
             raise ValueError(damaged or f"it holds no {part}")
     except Exception as error:  # noqa: BLE001 (a damaged file fails in many ways)
-        reason = str(error).split("\n")[0]
-        check(False, f"{path} is damaged or of another version: {reason}")
+        check(False, f"{path} is damaged or of another version: {error}")
     check(args.evaluate or len(saved[part]) == RANKS, f"--resume: start as many ranks as before, {len(saved[part])}")
     old = Args()
     vars(old).update(saved["args"], resume=None, evaluate=None)  # of any version
     if args.evaluate:  # without what only training needs
         vars(old).update(envs_per_task=1, eval_every=None, track=False, device="auto")
     args = tyro.cli(Args, args=argv, default=old)
-    for name in POLICY + (RUN if args.resume else []):
+    for name in ["env_id", *NETWORK] + (RUN if args.resume else []):
         was = getattr(old, name)
         check(getattr(args, name) == was, f"{path} was made with {name} {was}; do not change it")
-    args.resume = args.resume and str(path.parent)
-    return args, saved
+    args.resume = args.resume and str(path)
+    small = {name: saved[name] for name in ("actor", "progress", "log") if name in saved}
+    return args, small  # workers would keep the rest of the file mapped
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[Args, list[str], dict | None]:
     """The arguments, with every budget filled in; the tasks; what --resume or --evaluate names."""
     args = tyro.cli(Args, args=argv)
     saved = None
-    check(RANK < RANKS and (RANKS == 1 or "MASTER_ADDR" in os.environ), "RANK, WORLD_SIZE: set them by torchrun")
+    check(0 <= RANK < RANKS and (RANKS == 1 or "MASTER_ADDR" in os.environ), "RANK, WORLD_SIZE: set them by torchrun")
+    check("" not in (args.evaluate, args.resume), "--evaluate, --resume: the path is empty")
     check(not (args.evaluate and args.resume), "--evaluate or --resume, not both")
     check(not args.evaluate or RANKS == 1, "--evaluate: start it without torchrun")
-    if args.evaluate is not None or args.resume is not None:
+    if args.evaluate or args.resume:
         args, saved = load(args, argv)
     tasks = task_names(args.env_id)
     T = len(tasks)
@@ -966,7 +963,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[Args, list[str], dict | Non
     P = args.parallel_modules
     least = max(args.batch_size, args.envs_per_task * T * RANKS)
     check(args.eval_every >= one_episode, f"--eval-every must be at least {one_episode}: an episode of all")
-    check(not args.track or (args.tensorboard and find_spec("wandb")), "--track needs TensorBoard, pip install wandb")
+    trackable = args.tensorboard and find_spec("tensorboard") and find_spec("wandb")
+    check(trackable or not args.track, "--track needs TensorBoard, and pip install wandb")
     check(args.encoder_widths, "--encoder-widths needs at least one width")
     check(args.routing != "module" or P == Args.parallel_modules, "--parallel-modules is for --routing layer, model")
     check(args.routing == "module" or args.num_modules % P == 0, f"--num-modules must be a multiple of {P}")
@@ -979,29 +977,32 @@ def parse_arguments(argv: list[str] | None) -> tuple[Args, list[str], dict | Non
 def main(argv: list[str] | None = None) -> None:
     """The command line. Exit codes: 2 for a mistake in what was asked for, 1 for a run that failed."""
     stop = []  # when signals came; no lock, for one may come while another is handled
+    signals = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+        signals.append(signal.SIGHUP)
 
     def handle(*_):  # workers inherit it, and go on
         stop.append(time.monotonic())
         if stop[-1] > stop[0] + 10:  # the run hangs
+            for number in signals:
+                signal.signal(number, signal.SIG_IGN)
             raise KeyboardInterrupt
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # under nohup
-            signal.signal(number, handle)
+    for number in signals:
+        signal.signal(number, handle)
     try:
         args, tasks, saved = parse_arguments(argv)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(args.torch_deterministic)
         torch.manual_seed(args.seed)
         train(args, tasks, saved, stop)
+        if args.evaluate and stop:
+            raise KeyboardInterrupt
     except (FloatingPointError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         sys.exit(130)
-    finally:  # if AsyncVectorEnv fails to start, its workers remain, and ignore SIGTERM
-        for process in multiprocessing.active_children():
-            process.kill()
 
 
 if __name__ == "__main__":

@@ -495,7 +495,7 @@ def test_nothing_waits_for_the_host(monkeypatch):
     agent, batch = small_agent(device="meta")
     assert all(tensor.is_meta for tensor in agent.act(batch[0][:3].to("meta")))
     replay = d2r.ReplayBuffer(30, ["a", "b", "c"], 5, 4, 4, 2, torch.device("meta"))
-    replay.size = 30
+    replay.added = 30
     losses = agent.update(*replay.sample(8))
     assert len(losses) == 3 and all(loss.is_meta and loss.shape == (3,) for loss in losses.values())
 
@@ -537,7 +537,7 @@ def test_replay_wraps_around_and_samples_equally(E, chi_square):
         tags = np.array([1000.0 * copy + 10 * t + task for copy in range(E) for task in range(T)])
         obs = np.stack([tags, -tags], -1)
         replay.add(obs, obs[:, :1], tags, obs + 0.5, tags % 2 == 0, routes[t])
-    assert (replay.size, replay.position) == (4 * E * T, 3 * E * T)
+    assert replay.added == 7 * E * T and len(replay.transitions) == 4 * E * T
     torch.manual_seed(0)
     obs, action, tags, next_obs, terminated, sampled = replay.sample(n)
     for task, of_task in enumerate(tags.view(T, n)):  # task by task, as many of each
@@ -560,7 +560,7 @@ def test_replay_takes_nothing_that_is_not_finite(bad):
         (reward[3:] if what == "reward" else next_obs[3])[:] = bad
         with pytest.raises(FloatingPointError, match=f"the {what} of b is not finite"):
             replay.add(obs, np.zeros((4, 1)), reward, next_obs, np.zeros(4, bool), torch.zeros(4, 5, 2))
-    assert replay.size == 0
+    assert replay.added == 0
 
 
 # ---------------------------------------------------------------------------------------- environments and evaluation
@@ -599,8 +599,8 @@ class Scripted(gym.Env):
 
 
 def test_evaluation_by_hand(monkeypatch, capsys):
-    """At least four episodes of each task: two in each of its three environments, however long they are. Of a only the
-    second environment is successful, in the middle of its episodes; b does not report success."""
+    """Four episodes of each task: two, one and one in its three environments, however long they are. Of a only the
+    second environment is successful, in the middle of its episode; b does not report success."""
     lengths = {"a": (2, 9, 3), "b": (1, 1, 6)}
     monkeypatch.setattr(d2r, "make_env", lambda task, args, seed: Scripted(lengths[task][seed], task == "a"))
     args = types.SimpleNamespace(envs_per_task=3)
@@ -609,16 +609,16 @@ def test_evaluation_by_hand(monkeypatch, capsys):
     with d2r.make_envs(["a", "b"], args, 0) as envs:
         results = d2r.evaluate(agent, envs, ["a", "b"], 4, [])
         agent.act = lambda obs, deterministic: (torch.full((6, 1), math.nan), routes)  # MuJoCo would warn for ever
-        with pytest.raises(FloatingPointError, match="the policy's actions are not finite"):
+        with pytest.raises(FloatingPointError, match="the policy's action is not finite"):
             d2r.evaluate(agent, envs, ["a", "b"], 4, [])
     assert not multiprocessing.active_children()
     signal_at_death = ctypes.c_int()
     ctypes.CDLL(None).prctl(2, ctypes.byref(signal_at_death))  # PR_GET_PDEATHSIG
     assert signal_at_death.value == 0  # only the workers die with their parent, not the learner
-    assert results["success"][0] == pytest.approx(2 / 6) and math.isnan(results["success"][1])
-    assert results["return"].tolist() == pytest.approx([(2 + 9 + 3) / 3, (1 + 1 + 6) / 3])
+    assert results["success"][0] == pytest.approx(1 / 4) and math.isnan(results["success"][1])
+    assert results["return"].tolist() == pytest.approx([(2 + 2 + 9 + 3) / 4, (1 + 1 + 1 + 6) / 4])
     assert results["modules_used"].tolist() == pytest.approx([5 / 3, 1])
-    assert "a: success 0.33, return 4.7, modules used 1.7\nb: success nan" in capsys.readouterr().out
+    assert "a: success 0.25, return 4.0, modules used 1.7\nb: success nan" in capsys.readouterr().out
 
 
 # -------------------------------------------------------------------------------------------------------- end to end
@@ -768,8 +768,13 @@ def test_a_run_is_the_loop_written_out(tmp_path, pendulums, monkeypatch, E):
 
 
 def test_resume(tmp_path, pendulums, monkeypatch, capsys):
-    mapped, write = [], d2r.RunLog.write
-    spied = lambda *options: mapped.append("checkpoint.pt" in Path("/proc/self/maps").read_text()) or write(*options)
+    maps, write = [], d2r.RunLog.write
+
+    def spied(*options):
+        pids = ["self", *(worker.pid for worker in multiprocessing.active_children())]
+        maps.append([Path(f"/proc/{pid}/maps").read_text() for pid in pids])
+        write(*options)
+
     monkeypatch.setattr(d2r.RunLog, "write", spied)
     options, run_dir = f"{TWO_TASKS} --total-steps 240 --eval-every 200 --log-every 60", tmp_path / "run"
     resume = ["--resume", run_dir]
@@ -792,7 +797,7 @@ def test_resume(tmp_path, pendulums, monkeypatch, capsys):
     moved = [(newer["agent"][name] - value).abs().max() for name, value in old["agent"].items() if "actor" in name]
     assert max(moved) > 0.2  # at the new learning rate
     assert newer["optimizer"][0]["step"] == newer["progress"]["updates"] == 130  # Adam goes on where it was
-    assert mapped and not any(mapped)  # the checkpoint is not kept open
+    assert {*map(len, maps)} == {3} and "checkpoint.pt" not in str(maps)  # it is not kept open, nor by the workers
     capsys.readouterr()
     changes = {"--top-k 1": "top_k 2", "--env-id 10,5": "env_id 5,10", "--num-modules 3": "num_modules 4"}
     for option, message in (changes | {"--routing layer": "routing module"}).items():
@@ -803,6 +808,12 @@ def test_resume(tmp_path, pendulums, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(d2r, "RANKS", 2), patch.setenv("MASTER_ADDR", "localhost")
         assert main(*resume) == 2 and "start as many ranks as before, 1\n" in capsys.readouterr().err
+    parse = d2r.parse_arguments
+    with monkeypatch.context() as patch:  # another process goes on with it after the arguments are read
+        patch.setattr(
+            d2r, "parse_arguments", lambda argv: (*parse(argv)[:2], {**parse(argv)[2], "progress": d2r.PROGRESS})
+        )
+        assert main(*resume) == 2 and "another process went on with the run" in capsys.readouterr().err
     whole = (run_dir / "checkpoint.pt").read_bytes()
     for damaged in (whole[:-1000], whole[: len(whole) // 2] + b"\x55" * 99 + whole[len(whole) // 2 + 99 :], b""):
         (run_dir / "checkpoint.pt").write_bytes(damaged)
@@ -818,14 +829,14 @@ def test_several_environments_per_task(tmp_path, pendulums, capsys):
     assert steps(run_dir) == [60, 120, 180, 200, 240]
     assert [int(record["updates"]) for record in progress(run_dir)] == [(step - 40) // 4 for step in steps(run_dir)]
     obs, _, reward, _, _ = transitions(run_dir, 3, 1, 1, 3, 1, N=4)
-    assert checkpoint(run_dir)["position"] == 40 and len(obs) == 50  # 203 is no multiple of 4: 200 of 240 steps
+    assert len(obs) == 50  # 203 is no multiple of 4: 200 of 240 steps
     returns = reward[:10, :, 0].sum(0).view(2, 2).mean(0)  # since the evaluation an episode of ten steps of each
     for task, value in zip(("5", "10"), returns.tolist()):
         assert float(progress(run_dir)[-1][f"train_return/{task}"]) == pytest.approx(value, rel=1e-4)
     resume = ["--resume", run_dir, "--total-steps", "300"]
     assert main(*resume, "--envs-per-task", "1") == 2
     assert "was made with envs_per_task 2; do not change it" in capsys.readouterr().err
-    assert main(*resume) == 0 and steps(run_dir)[-1] == 300 and checkpoint(run_dir)["position"] == 100
+    assert main(*resume) == 0 and steps(run_dir)[-1] == 300
     changed = (transitions(run_dir, 3, 6, N=4)[0] != obs).any(-1).any(-1)
     assert changed.tolist() == [10 <= place < 25 for place in range(50)]
     policy = ["--evaluate", str(run_dir / "actor.pt"), "--eval-episodes", "2"]
@@ -834,7 +845,7 @@ def test_several_environments_per_task(tmp_path, pendulums, capsys):
 
 @pytest.mark.parametrize("ablation", ["no-resrouting", "no-route-balancing", "no-sample-k", "top-k=0", "goals=fixed"])
 def test_ablations_run(tmp_path, pendulums, ablation, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # a run goes on without it
+    monkeypatch.setitem(sys.modules, "tensorboard", None)  # a run goes on without it
     options = f"--env-id 10 --learning-starts 10 --batch-size 8 --buffer-size 50 {SMALL} --num-modules 3 --tensorboard"
     assert run(tmp_path, f"{options} --total-steps 60 --{ablation}") == 0
     (record,) = progress(tmp_path / "run")
@@ -932,6 +943,8 @@ def test_a_signal_during_an_evaluation(tmp_path, pendulums, monkeypatch, total):
 
     monkeypatch.setattr(d2r, "evaluate", interrupted)
     assert run(tmp_path, f"{TWO_TASKS} --total-steps {total} --eval-every 60 --log-every 20") == 0
+    monkeypatch.setattr(d2r, "evaluate", interrupted)
+    assert main("--evaluate", tmp_path / "run") == 130
     assert main("--resume", tmp_path / "run") == 0
     rows = [(int(record["global_step"]), bool(record["return"])) for record in progress(tmp_path / "run")]
     assert rows[:4] == [(20, False), (40, False), (60, False), (62, True)]
@@ -993,6 +1006,9 @@ def test_what_the_terminal_says(monkeypatch, capsys):
             now[0] += seconds
             d2r.say(line, passing)
         assert capsys.readouterr().out == expected.replace("*", "\x1b[K")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", None)  # as after `>&-`
+        d2r.say("nothing")
     monkeypatch.setattr(d2r, "RANK", 1)
     d2r.say("nothing")
     assert capsys.readouterr().out == ""
@@ -1051,7 +1067,9 @@ def test_track(tmp_path, pendulums, monkeypatch, capsys):
     assert options["name"] == "run" and options["sync_tensorboard"] and options["config"]["total_steps"] == 60
     assert not events and [*tmp_path.glob("run/events*")]
     assert run(tmp_path, f"{TWO_TASKS} --total-steps 60 --track", "without") == 2
-    assert capsys.readouterr().err == "error: --track needs TensorBoard, pip install wandb\n"
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    assert run(tmp_path, f"{TWO_TASKS} --tensorboard --total-steps 60 --track", "without") == 2
+    assert capsys.readouterr().err == 2 * "error: --track needs TensorBoard, and pip install wandb\n"
 
 
 def test_no_worker_is_blamed_that_lives(pendulums):
@@ -1108,7 +1126,9 @@ def test_an_environment_that_hangs(tmp_path, pendulums, monkeypatch):
             os.killpg(process.pid, signal.SIGINT), os.killpg(process.pid, signal.SIGINT)
             process.join(10.5)
             assert process.is_alive()
-            os.killpg(process.pid, signal.SIGINT)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGINT):  # as of a launcher
+                os.killpg(process.pid, number)
+                time.sleep(0.05)
             code, said = ended(process, tmp_path / "log")
             assert code == 130 and said.endswith("\nerror: interrupted\n")
         process.kill()
@@ -1131,7 +1151,7 @@ def test_a_run_has_one_process(tmp_path, pendulums, capsys):
     assert (tmp_path / "run" / "args.json").read_bytes() == before
     process.kill()
     process.join()
-    assert main("--resume", tmp_path / "run", "--total-steps", "20") == 0
+    assert main("--resume", tmp_path / "run", "--total-steps", "20") == 0  # though its workers may still be ending
 
 
 @pytest.mark.parametrize("what", ["reward", "observation", "weights"])
@@ -1153,14 +1173,32 @@ def test_what_is_not_finite_stops_the_run(tmp_path, pendulums, monkeypatch, caps
 
     monkeypatch.setattr(d2r.Agent, "update", update), monkeypatch.setattr(d2r.Agent, "act", act)
     # A checkpoint in every step notices before the next actions do; the others see NaN in the actions, soon.
-    message = "the weights are not finite" if what == "weights" else "the policy's actions are not finite"
+    message = {"reward": "policy's action is", "weights": "weights are", "observation": "observation of 10 is"}[what]
     minutes = 10 if what == "reward" else 1e-7
     assert run(tmp_path, f"{TWO_TASKS} --total-steps 400 --checkpoint-minutes {minutes}") == 1
-    assert capsys.readouterr().err == f"error: {message}\n"
+    assert capsys.readouterr().err == f"error: the {message} not finite\n"
     if what != "reward":
         kept = checkpoint(tmp_path / "run")
         assert kept["progress"]["global_step"] == 98
         assert all(value.isfinite().all() for value in kept["agent"].values())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_reset_that_is_not_finite_stops_the_run(tmp_path, pendulums, monkeypatch, capsys, bad):
+    """The second task's third episode begins with it."""
+    make_env = d2r.make_env
+
+    class Bad(gym.Wrapper):
+        episodes = 0
+
+        def reset(self, **options):
+            self.episodes += 1
+            obs, info = self.env.reset(**options)
+            return (np.full_like(obs, bad) if self.episodes == 3 and self.env.unwrapped.g == 10 else obs), info
+
+    monkeypatch.setattr(d2r, "make_env", lambda *options: Bad(make_env(*options)))
+    assert run(tmp_path, f"{TWO_TASKS} --total-steps 400") == 1
+    assert capsys.readouterr().err == "error: the observation of 10 is not finite\n"
 
 
 def test_a_full_disk_leaves_the_last_files_whole(tmp_path, pendulums, capsys):
@@ -1196,17 +1234,17 @@ MISTAKES = f"""
 --router-widths 32 0: --router-widths is 0; it must be positive and finite
 --device cuda: --device: PyTorch finds no cuda here
 --resume no/such/run: there is no no/such/run: a wrong path
---resume {RESULTS}/three-tasks: three-tasks/checkpoint.pt: a wrong path, or a run that had not begun or is kept without it
+--resume {RESULTS}/three-tasks: three-tasks/checkpoint.pt: a wrong path, or a run that is kept without it
 --evaluate {SCRIPT}: is damaged or of another version
---evaluate=: there is no actor.pt
---resume=: there is no checkpoint.pt
+--evaluate=: --evaluate, --resume: the path is empty
+--resume=: --evaluate, --resume: the path is empty
 --eval-every 1999: --eval-every must be at least 2000: an episode of all
---track: --track needs TensorBoard, pip install wandb
+--track: --track needs TensorBoard, and pip install wandb
 --evaluate a --resume b: --evaluate or --resume, not both
 """
 
 
-@pytest.mark.parametrize(("rank", "ranks"), [(1, 1), (0, 2)])
+@pytest.mark.parametrize(("rank", "ranks"), [(1, 1), (0, 2), (-1, 1)])
 def test_a_rank_without_torchrun_is_a_mistake(monkeypatch, capsys, rank, ranks):
     monkeypatch.setattr(d2r, "RANK", rank), monkeypatch.setattr(d2r, "RANKS", ranks)
     assert main() == 2 and capsys.readouterr().err == "error: RANK, WORLD_SIZE: set them by torchrun\n"
@@ -1244,7 +1282,7 @@ def test_two_ranks_learn_the_same_from_what_each_of_them_sees(tmp_path, pendulum
         if run.updates == 0:
             return
         seen["mean"] = torch.cat([p.grad.flatten() for p in agent.parameters() if p.grad is not None])
-        saved = {**seen, "agent": agent.state_dict(), "seen": replay.transitions[: replay.size].clone()}
+        saved = {**seen, "agent": agent.state_dict(), "seen": replay.transitions[: replay.added].clone()}
         torch.save(saved, tmp_path / f"rank{d2r.RANK}.pt")
 
     monkeypatch.setattr(torch.distributed, "all_reduce", spied_all_reduce)

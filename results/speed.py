@@ -289,7 +289,7 @@ def loop(env_id, batch_size, device, envs_per_task, *options) -> None:
         def __init__(self, capacity, tasks, obs_dim, action_dim, M, K, device):
             start = time.time()
             super().__init__(capacity, tasks, obs_dim, action_dim, M, K, device)
-            self.size = capacity
+            self.added = capacity
             self.transitions.normal_()
             self.transitions[..., -1] = 0  # none terminated
             T = len(tasks)
