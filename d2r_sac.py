@@ -902,7 +902,7 @@ def train(args: Args, tasks: list[str], saved: dict | None, stop: list) -> None:
 # Limits of numbers, where positive is not enough; and the options that a resume must not change, beside the policy's.
 LIMITS = {"gamma": (0, 1), "tau": (0, 1), "initial_alpha": (1e-9, 1), "target_entropy": (-1e9, 1e9)}
 LIMITS |= {"episode_length": (1, 500), "envs_per_task": (1, 1000), "num_modules": (1, 256), "seed": (0, 2**31)}
-RUN = ["goals", "episode_length", "envs_per_task", "seed", "buffer_size"]
+RUN = ["goals", "episode_length", "envs_per_task", "seed", "buffer_size", "results_dir", "run_name"]
 
 
 def load(args: Args, argv: list[str] | None) -> tuple[Args, dict]:

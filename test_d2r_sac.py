@@ -804,6 +804,8 @@ def test_resume(tmp_path, pendulums, monkeypatch, capsys):
         for how in (resume, ["--evaluate", run_dir]):
             assert main(*how, *option.split()) == 2
             assert f"{message}; do not change it" in capsys.readouterr().err
+    assert main(*resume, "--run-name", "other") == 2
+    assert "was made with run_name run; do not change it" in capsys.readouterr().err
     assert run(tmp_path, options) == 2 and "holds a run" in capsys.readouterr().err
     with monkeypatch.context() as patch:
         patch.setattr(d2r, "RANKS", 2), patch.setenv("MASTER_ADDR", "localhost")
