@@ -598,12 +598,14 @@ def make_envs(tasks: list[str], args: Args, seed: int):
         check(envs, f"the environments cannot be made: {error!r}")
         time.sleep(1)  # the operating system knows a little later who died
         dead = [name for name, process in zip(names, envs.processes) if not process.is_alive()]
-        if not dead:
+        if not dead or not isinstance(error, (EOFError, ConnectionError)):
             raise
         raise ChildProcessError(f"the process of {', '.join(dead)} died") from error
     finally:  # the workers ignore SIGTERM, and have nothing to clean up
-        for process in envs.processes if envs else multiprocessing.active_children():
+        processes = envs.processes if envs else multiprocessing.active_children()
+        for process in processes:
             process.kill()
+        for process in processes:
             process.join()
         if envs:
             envs.closed = True
@@ -712,6 +714,8 @@ class RunLog:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # workers do not inherit it
         except BlockingIOError:
             check(False, f"another process uses {self.run_dir}")
+        up_to_date = saved is None or saved["written"] == os.stat(args.resume).st_mtime
+        check(up_to_date, f"another process has gone on with {self.run_dir} meanwhile; try again")
         versions = {name: version(name) for name in ("torch", "numpy", "metaworld", "mujoco", "gymnasium", "tyro")}
         facts = {"args": asdict(args), "tasks": tasks, "commit": ""}
         git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
@@ -728,12 +732,13 @@ class RunLog:
 
             wandb.init(name=self.run_dir.name, config=asdict(args), sync_tensorboard=True)
         self.tensorboard = None
-        if args.tensorboard and find_spec("tensorboard"):
-            from torch.utils.tensorboard import SummaryWriter
+        if args.tensorboard:
+            with suppress(ImportError):
+                from torch.utils.tensorboard import SummaryWriter
 
-            self.tensorboard = SummaryWriter(self.run_dir, purge_step=run.global_step + 1)
-            rows = "\n".join(f"|{option}|{value}|" for option, value in asdict(args).items())
-            self.tensorboard.add_text("hyperparameters", "|option|value|\n|-|-|\n" + rows)
+                self.tensorboard = SummaryWriter(self.run_dir, purge_step=run.global_step + 1)
+                rows = "\n".join(f"|{option}|{value}|" for option, value in asdict(args).items())
+                self.tensorboard.add_text("hyperparameters", "|option|value|\n|-|-|\n" + rows)
         say(f"{args.env_id}: step {run.global_step:,} of {args.total_steps:,}, in {self.run_dir}")
 
     def write(self, run: SimpleNamespace, metrics: dict) -> None:
@@ -787,7 +792,7 @@ def save_run(log: RunLog | None, agent: Agent, replay: ReplayBuffer, run: Simple
 def load_run(agent: Agent, replay: ReplayBuffer, run: SimpleNamespace) -> None:
     """Put the checkpoint into a fresh agent and replay. The learning rates stay those of the arguments."""
     saved = torch.load(agent.args.resume, map_location="cpu", weights_only=True, mmap=True)
-    check(saved["progress"] == vars(run), "--resume: another process went on with the run until now; start again")
+    check(saved["progress"] == vars(run), f"another process has gone on with {agent.args.resume} meanwhile; try again")
     agent.load_state_dict(saved["agent"])
     state = copy.deepcopy(saved["optimizer"])  # the optimizer keeps what it is given
     agent.optimizer.load_state_dict(agent.optimizer.state_dict() | {"state": state})
@@ -911,7 +916,8 @@ def load(args: Args, argv: list[str] | None) -> tuple[Args, dict]:
     path = Path(args.evaluate or args.resume)
     if path.is_dir():
         path = path / ("actor.pt" if args.evaluate else "checkpoint.pt")
-    check(path.is_file(), f"there is no {path}: a wrong path, or a run that is kept without it")
+    check(path.is_file(), f"there is no {path}: a wrong path, or a run that had not begun or is kept without it")
+    written = path.stat().st_mtime
     try:
         damaged = zipfile.ZipFile(path).testzip()
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -930,7 +936,7 @@ def load(args: Args, argv: list[str] | None) -> tuple[Args, dict]:
         check(getattr(args, name) == was, f"{path} was made with {name} {was}; do not change it")
     args.resume = args.resume and str(path)
     small = {name: saved[name] for name in ("actor", "progress", "log") if name in saved}
-    return args, small  # workers would keep the rest of the file mapped
+    return args, small | {"written": written}  # workers would keep the rest of the file mapped
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[Args, list[str], dict | None]:
@@ -977,19 +983,16 @@ def parse_arguments(argv: list[str] | None) -> tuple[Args, list[str], dict | Non
 def main(argv: list[str] | None = None) -> None:
     """The command line. Exit codes: 2 for a mistake in what was asked for, 1 for a run that failed."""
     stop = []  # when signals came; no lock, for one may come while another is handled
-    signals = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
-        signals.append(signal.SIGHUP)
 
     def handle(*_):  # workers inherit it, and go on
         stop.append(time.monotonic())
         if stop[-1] > stop[0] + 10:  # the run hangs
-            for number in signals:
-                signal.signal(number, signal.SIG_IGN)
+            stop.clear()  # further signals do not disturb the end
             raise KeyboardInterrupt
 
-    for number in signals:
-        signal.signal(number, handle)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # under nohup
+            signal.signal(number, handle)
     try:
         args, tasks, saved = parse_arguments(argv)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
