@@ -489,6 +489,14 @@ def test_an_update_takes_few_operations():
     assert count.number == 4 and 1900 < speed.operations("MT10") <= 2210
 
 
+def test_what_is_compiled_can_be_fused():
+    """embedding_bag cannot: with it a compiled forward pass has twice as many kernels."""
+    graphs, network = [], tiny_network(5)
+    backend = lambda graph, _: graphs.append(graph.print_readable(print_output=False)) or graph
+    torch.compile(network, backend=backend, dynamic=False)(torch.randn(6, 3), torch.zeros(6, dtype=torch.long))
+    assert graphs[0].count("functional.embedding(") == 10 and "embedding_bag" not in graphs[0]  # forward and backward
+
+
 def test_nothing_waits_for_the_host(monkeypatch):
     """Acting, sampling and the update on the meta device: tensors without values, that mix with none on the host."""
     monkeypatch.setattr(torch.optim, "Adam", lambda groups, *rate, adam=torch.optim.Adam, **options: adam(groups))
