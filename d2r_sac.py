@@ -261,7 +261,7 @@ class MixSources(torch.autograd.Function):
         ctx.o = o  # not saved: later modules write into it, but not into these slots
         ctx.previous = previous
         ctx.save_for_backward(w, w_fx, slots)
-        if torch.compiler.is_compiling():  # fuses the sum with what follows, but could not fuse embedding_bag
+        if torch.compiler.is_compiling():  # it fuses this, but not embedding_bag
             mixed = (F.embedding(slots, o) * w[..., None]).sum(1)
         else:
             mixed = F.embedding_bag(slots, o, mode="sum", per_sample_weights=w)
