@@ -984,7 +984,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[Args, list[str], dict | Non
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line. Exit codes: 2 for a mistake in what was asked for, 1 for a run that failed."""
+    """The command line. Exit codes: 2 for a mistake in what was asked for, 1 for a run that failed, 130 for one that was
+    interrupted at once."""
     stop = []  # when signals came; no lock, for one may come while another is handled
 
     def handle(*_):  # workers inherit it, and go on
