@@ -2,7 +2,7 @@
 """Dynamic Depth Routing (D2R) with multi-task SAC on Meta-World, in one file.
 
 One policy for many tasks: a routing network picks, for every state and task, which of M base modules to use and how
-to wire them, so that easy tasks take few modules and hard tasks many. Paper: He et al., "Not All Tasks Are Equally
+to wire them, so that easy tasks can take few modules, and hard ones many. Paper: He et al., "Not All Tasks Are Equally
 Difficult: Multi-Task Deep Reinforcement Learning with Dynamic Depth Routing", AAAI 2024, arXiv:2312.14472.
 
     concept              formula                                                            here
@@ -14,12 +14,12 @@ Difficult: Multi-Task Deep Reinforcement Learning with Dynamic Depth Routing", A
     routing granularity  the sources that a module may choose from                          allowed_sources
     base modules         f_i = relu(W_i x_i + b_i), o_i = f_i + x_i; o_0 = f_0(relu(h))     BaseModule, D2RNetwork
     wiring               x_i = sum_j w_ij o_j                                               MixSources
-    ResRouting           unlikely edges read o_j as stop_gradient(f_j) + x_j                gradient_kept, MixSources
+    ResRouting           over an unlikely edge o_j is read as stop_gradient(f_j) + x_j      gradient_kept, MixSources
     soft actor-critic    losses and alpha of each task                                      Agent.update
     route balancing      temperature of a task = T softmax(-log alpha)                      Agent.temperature
 
 T tasks, M modules, H module width, K sources, B samples in a batch, n = B / T of each task, E environments of each
-task; of the E T environments number i runs task i % T. Modules are 0 ... M-1, the head counts as module M. Tables
+task; of the E T environments number i runs task i % T. Modules are 0 ... M-1, the head counts as module M. Logits
 (B, M, M) and routes (B, M, K) have a row for each of the modules 1 ... M: row r belongs to module r + 1. Forbidden
 edges have logit -inf.
 `# NOTE:` marks where paper, authors' code and this file differ, or where the code settles what the paper leaves open.
@@ -138,7 +138,7 @@ def say(line: str, passing: bool = False) -> None:
 # The method. To use it elsewhere, paste what stands between the double lines; README has the imports.
 # ----------------------------------------------------------------------------------------------------- routing network
 def init(layer: nn.Linear, head: bool = False) -> nn.Linear:
-    # NOTE: the authors' helper takes out_features for the fan-in, which would be in_features.
+    # NOTE: the authors' helper takes out_features for the fan-in; in_features would be right.
     bound = 3e-3 if head else layer.out_features**-0.5
     nn.init.uniform_(layer.weight, -bound, bound)
     nn.init.constant_(layer.bias, 0.1)
@@ -179,7 +179,7 @@ class RoutingNetwork(nn.Module):
 
 
 def top_k(logits: Tensor, K: int) -> Tensor:
-    """The K largest logits of each row: (B, M, M) -> routes (B, M, K). A row with fewer repeats its largest."""
+    """The K largest logits of each row: (B, M, M) -> routes (B, M, K). A row with fewer than K repeats the best."""
     values, routes = logits.topk(K, dim=-1)
     return torch.where(values == -torch.inf, routes[..., :1], routes)
 
@@ -197,13 +197,13 @@ def routing_weights(logits: Tensor, routes: Tensor) -> Tensor:
     The temperature of Sample-K has no part in it: it changes which sources are tried, not how they are mixed."""
     repeated = [(routes[..., :k] == routes[..., k, None]).any(-1) for k in range(routes.shape[-1])]
     z = logits.gather(-1, routes).masked_fill(torch.stack(repeated, dim=-1), -torch.inf)
-    return z.movedim(-1, 0).softmax(0).movedim(0, -1)  # over a short last dimension a CPU is slow
+    return z.movedim(-1, 0).softmax(0).movedim(0, -1)  # a CPU is slow over a short last dimension
 
 
 def gradient_kept(logits: Tensor) -> Tensor:
-    """ResRouting: true for the edges that today's routing is likely to take, p_ij > 1 / (n_i + 1). (B, M, M).
-    p_i is the softmax of module i's logits, at temperature 1, over the n_i sources that it may choose from."""
-    num_sources = (logits[:1] > -torch.inf).sum(-1, keepdim=True, dtype=logits.dtype)  # n_i
+    """ResRouting: true for the edges that today's routing finds likely, p_ij > 1 / (J_i + 1). (B, M, M) -> (B, M, M).
+    p_i is the softmax of module i's logits, at temperature 1, over the J_i sources that it may choose from."""
+    num_sources = (logits[:1] > -torch.inf).sum(-1, keepdim=True, dtype=logits.dtype)  # J_i
     return logits.softmax(-1) > 1 / (num_sources + 1)
 
 
@@ -242,15 +242,15 @@ def allowed_sources(M: int, routing: str, P: int) -> Tensor:
 class MixSources(torch.autograd.Function):
     """x_i = sum_j w_ij o_j with the gradients of ResRouting.
     The actor's replayed routes were chosen by an older policy, the critics' are drawn at a temperature: today's routing
-    rarely sends some of these samples to module j, so it should not learn from them. Where edge (i, j) is not kept (see
-    gradient_kept), module i reads o_j = f_j + x_j as stop_gradient(f_j) + x_j: f_j is not trained, but the modules
+    would hardly send some of these samples to module j, which should not learn from them. Where edge (i, j) is not kept
+    (see gradient_kept), module i reads o_j = f_j + x_j as stop_gradient(f_j) + x_j: f_j is not trained, but the modules
     before it are. The shortcut, which adds x_i to f_i, is never blocked. With g_i the gradient of what module i reads,
-    and grad x_i that of the shortcut:
+    and s_i the gradient of its shortcut:
 
-        grad f_j = sum_i w_ij (kept_ij g_i + grad x_i)      grad x_j = sum_i w_ij (g_i + grad x_i)
+        grad f_j = sum_i w_ij (kept_ij g_i + s_i)      s_j = sum_i w_ij (g_i + s_i)
 
-    All outputs lie in one tensor o (S, H), a slot for each module and sample. The tape (S, 2, H) is never read. It runs
-    through all mixings, so that its gradient, on the way back, collects grad f_j in [:, 0] and grad x_j in [:, 1]."""
+    All outputs lie in one tensor o (S, H), a slot for each module and sample. The tape (S, 2, H) runs through all
+    mixings. Its values mean nothing; its gradient, on the way back, collects grad f_j in [:, 0] and s_j in [:, 1]."""
 
     @staticmethod
     def forward(ctx, tape, o, f, x, previous, w, w_fx, slots):
@@ -323,7 +323,7 @@ class D2RNetwork(nn.Module):
         return self.run_modules(h, logits, routes), routes
 
     def run_modules(self, h: Tensor, logits: Tensor, routes: Tensor) -> Tensor:
-        """h (B, encoder_widths[-1]), logits (B, M, M), routes (B, M, K) -> output. A forbidden edge: ValueError (CPU).
+        """h (B, encoder_widths[-1]), logits (B, M, M), routes (B, M, K) -> output. Forbidden edges: ValueError (CPU).
         A CPU computes a module only for the samples that use it; a GPU for all, since shapes must be static."""
         B, M, _ = routes.shape
         sources = routes.long()
@@ -358,7 +358,7 @@ class D2RNetwork(nn.Module):
 
 # -------------------------------------------------------------------------------------------------- soft actor-critic
 def side_by_side(*functions) -> list:
-    """Results of functions that do not need each other: in turn, or on parallel streams within a CUDA graph."""
+    """The results of independent functions: one after the other, or on parallel streams within a CUDA graph."""
     if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
         return [function() for function in functions]
     stream = torch.cuda.current_stream()
@@ -366,7 +366,7 @@ def side_by_side(*functions) -> list:
     results = []
     for branch, function in zip(branches, functions):
         branch.wait_stream(stream)
-        with torch.cuda.stream(branch):  # autograd goes back on the stream on which a function ran
+        with torch.cuda.stream(branch):  # its backward pass will run there, too
             results.append(function())
     for branch in branches:
         stream.wait_stream(branch)
@@ -410,7 +410,7 @@ class Agent(nn.Module):
         self.optimizer = torch.optim.Adam(groups, args.learning_rate, fused=True, capturable=on_gpu)
 
     def task_weights(self) -> Tensor:
-        """T softmax(-log alpha), (T,). A mastered task weighs less: its policy is sharp, to which SAC raises alpha."""
+        """T softmax(-log alpha), (T,). A mastered task weighs less: its sharp policy makes SAC raise alpha."""
         return len(self.log_alpha) * (-self.log_alpha.detach()).softmax(0)
 
     def temperature(self) -> Tensor | None:
@@ -461,7 +461,7 @@ class Agent(nn.Module):
         trained = [p for p in self.critics.parameters() if p.requires_grad]
         for p in trained:  # the actor's loss does not train the critics
             p.requires_grad_(False)
-        # NOTE: ResRouting also holds here, for the gradient to the action, as in the authors' code.
+        # NOTE: ResRouting also applies here, to the gradient of the action, as in the authors' code.
         q = self.q(self.critics, obs, action, task).amin(0)
         for p in trained:
             p.requires_grad_(True)
@@ -470,7 +470,7 @@ class Agent(nn.Module):
         return (alpha * log_prob - q).mean(-1), log_prob
 
     def update(self, obs, action, reward, next_obs, terminated, routes) -> dict[str, Tensor]:
-        """One step on all losses. Arguments (T * n, ...), task by task. Returns the losses, weighted by task, (T,)."""
+        """One step on all losses. Arguments (T * n, ...), task by task. Returns the tasks' losses, (T,) each."""
         task = self.task.repeat_interleave(len(obs) // len(self.task))  # (B,)
         critic_loss, (actor_loss, log_prob) = side_by_side(
             lambda: self.critic_loss(obs, action, reward, next_obs, terminated, task),
@@ -479,7 +479,7 @@ class Agent(nn.Module):
         weight = self.task_weights()
         losses = {"critic_loss": weight * critic_loss, "actor_loss": weight * actor_loss}
         losses["alpha_loss"] = -self.log_alpha * (log_prob.detach() + self.target_entropy).mean(-1)
-        # NOTE: only in the authors' code, after PaCo: a task whose loss exceeds the limit is left out.
+        # NOTE: only in the authors' code, as in PaCo: a task whose loss exceeds the limit is left out.
         total = sum(losses.values())
         left_out = total > self.args.max_task_loss
         self.left_out += left_out
@@ -614,9 +614,9 @@ def make_envs(tasks: list[str], args: Args, seed: int):
             envs.closed = True
 
 
-# ---------------------------------------------------------------------------------------------------------- evaluation
+# ----------------------------------------------------------------------------------------------- acting and evaluation
 class CUDAGraph:
-    """Calls a function of tensors of constant shapes: on CUDA, after three calls, by a graph with fixed outputs."""
+    """Runs a function of tensors of constant shapes; on CUDA, after three calls, as a graph with fixed outputs."""
 
     def __init__(self, function):
         self.function = function
@@ -644,7 +644,7 @@ class CUDAGraph:
 
 
 def finite(action: Tensor, obs: np.ndarray, tasks: list[str]) -> np.ndarray:
-    """The action as environments take it. Raises FloatingPointError for nan, of which MuJoCo would warn for ever."""
+    """The action as environments take it. Raises FloatingPointError for nan: MuJoCo would warn endlessly."""
     if not action.isfinite().all():
         bad = np.flatnonzero(~torch.as_tensor(obs).float().isfinite().all(1))
         what = f"observation of {tasks[bad[0] % len(tasks)]}" if len(bad) else "policy's action"
@@ -704,8 +704,8 @@ class RunLog:
     def __init__(self, args: Args, tasks: list[str], run: SimpleNamespace, saved: dict | None):
         self.tasks = tasks
         self.args = args
-        self.last = copy.copy(run)  # as it was at the row before
-        self.warn = cache(say)  # once
+        self.last = copy.copy(run)  # as of the row before
+        self.warn = cache(say)  # each line once
         name = f"{args.env_id[:99]}-{args.goals}-seed{args.seed}-{int(time.time())}-{os.getpid()}"
         self.run_dir = Path(args.resume).parent if args.resume else Path(args.results_dir, args.run_name or name)
         self.path = self.run_dir / "progress.csv"
@@ -778,7 +778,7 @@ def save_run(log: RunLog | None, agent: Agent, replay: ReplayBuffer, run: Simple
     if not all(parameter.isfinite().all() for parameter in agent.parameters()):
         raise FloatingPointError("the weights are not finite")
     rings = replay.transitions, replay.routes
-    rings = [ring[: replay.added].to("cpu", copy=True) for ring in rings]  # copies
+    rings = [ring[: replay.added].to("cpu", copy=True) for ring in rings]
     rings_of_ranks = [rings] * RANKS
     if RANKS > 1:
         torch.distributed.gather_object(rings, rings_of_ranks if log else None)
@@ -919,7 +919,7 @@ def load(args: Args, argv: list[str] | None) -> tuple[Args, dict]:
     path = Path(args.evaluate or args.resume)
     if path.is_dir():
         path = path / ("actor.pt" if args.evaluate else "checkpoint.pt")
-    check(path.is_file(), f"there is no {path}: a wrong path, or a run that had not begun or is kept without it")
+    check(path.is_file(), f"there is no {path}: a wrong path, or a run that had not begun or was kept without it")
     written = path.stat().st_mtime
     try:
         damaged = zipfile.ZipFile(path).testzip()
@@ -984,9 +984,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[Args, list[str], dict | Non
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line. Exit codes: 2 for a mistake in what was asked for, 1 for a run that failed, 130 for one that was
-    interrupted at once."""
-    stop = []  # when signals came; no lock, for one may come while another is handled
+    """The command line. Exit codes: 2 for a mistake in what was asked for, 1 for a failed run, 130 if interrupted."""
+    stop = []  # when signals came; a list, for one may come while another is handled
 
     def handle(*_):  # workers inherit it, and go on
         stop.append(time.monotonic())

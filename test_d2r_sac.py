@@ -1259,7 +1259,7 @@ MISTAKES = f"""
 --router-widths 32 0: --router-widths is 0; it must be positive and finite
 --device cuda: --device: PyTorch finds no cuda here
 --resume no/such/run: there is no no/such/run: a wrong path
---resume {RESULTS}/three-tasks: three-tasks/checkpoint.pt: a wrong path, or a run that had not begun or is kept without it
+--resume {RESULTS}/three-tasks: three-tasks/checkpoint.pt: a wrong path, or a run that had not begun or was kept without it
 --evaluate {SCRIPT}: is damaged or of another version
 --evaluate=: --evaluate, --resume: the path is empty
 --resume=: --evaluate, --resume: the path is empty
