@@ -723,8 +723,8 @@ class RunLog:
         facts = {"args": asdict(args), "tasks": tasks, "commit": ""}
         git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         with suppress(OSError):  # no git
-            git = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-            facts["commit"] = git.stdout.strip()
+            described = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+            facts["commit"] = described.stdout.strip()
         self.facts = json.dumps(facts | {"python": sys.version, "versions": versions}, indent=2)
         columns = [*vars(run), "steps_per_second", *METRICS]
         columns += [f"{name}/{task}" for name in METRICS for task in tasks]
@@ -985,7 +985,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[Args, list[str], dict | Non
 
 def main(argv: list[str] | None = None) -> None:
     """The command line. Exit codes: 2 for a mistake in what was asked for, 1 for a failed run, 130 if interrupted."""
-    stop = []  # when signals came; a list, for one may come while another is handled
+    stop = []  # when signals came; not an Event, since handlers may nest
 
     def handle(*_):  # workers inherit it, and go on
         stop.append(time.monotonic())
