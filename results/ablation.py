@@ -12,6 +12,7 @@ import argparse
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ ARGUMENTS = (
     "--env-id reach-v3,drawer-close-v3,door-close-v3,window-close-v3,button-press-topdown-v3 --num-modules 8 "
     "--module-width 64 --encoder-widths 128 128 --router-widths 64 --batch-size 160 --learning-rate 1e-3 "
     "--initial-alpha 0.003 --learning-starts 5000 --total-steps 200000 --eval-every 10000 --eval-episodes 10 "
-    "--log-every 2000 --checkpoint-minutes 5 --no-tensorboard"
+    "--log-every 2000 --checkpoint-minutes 5"
 )
 VARIANTS = {
     "d2r": "",
@@ -57,6 +58,8 @@ def train(run: Path, options: str) -> bool:
     options = [*f"{ARGUMENTS} {options} --run-name {run.name}".split(), "--results-dir", str(run.parent)]
     if (run / "checkpoint.pt").exists():
         options = ["--resume", str(run)]
+    elif run.exists():  # it was killed before its first checkpoint
+        shutil.rmtree(run)
     with open(f"{run}.log", "a") as log:
         command = [sys.executable, SCRIPT, *options]
         process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
@@ -67,10 +70,10 @@ def train(run: Path, options: str) -> bool:
 
 def evaluations(run: Path) -> list[list[float]]:
     """Step, success and modules used of each evaluation of a run, once it is finished; else nothing."""
-    if not (run / "args.json").exists():
+    if not (run / "args.json").exists() or not (run / "progress.csv").exists():
         return []
     with open(run / "progress.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["success"]]
+        rows = [row for row in csv.DictReader(file) if row["modules_used"]]
     rows = [[float(row[name]) for name in ("global_step", "success", "modules_used")] for row in rows]
     total = json.loads((run / "args.json").read_text())["args"]["total_steps"]
     return rows if rows and rows[-1][0] >= total else []

@@ -63,7 +63,6 @@ def render(model, states, size):
     """Pictures (N, size, size, 3) of states of MuJoCo."""
     renderer, pictures = mujoco.Renderer(model, size, size), []
     for state in states:
-        d2r.say(f"robots: picture {len(pictures)} of {len(states)}", passing=True)
         renderer.update_scene(state, camera="corner4")
         pictures.append(renderer.render()[::-1, ::-1])  # Meta-World's corner cameras are upside down
     renderer.close()
@@ -111,7 +110,6 @@ def draw(args, titles, episodes, shown):
         axes = cell.subplot_mosaic(form, height_ratios=ratios)
         panels.append(panel(axes, args, title, pictures, steps, shown, size / 100))
     for n in range(len(shown)):
-        d2r.say(f"film: picture {n} of {len(shown)}", passing=True)
         for show in panels:
             show(n)
         figure.canvas.draw()
@@ -126,8 +124,10 @@ def main(argv=None) -> None:
     parser.add_argument("--seconds", type=float, default=8)
     options = parser.parse_args(argv)
     args, tasks, actor = load(options.run, "cpu")
-    d2r.check({*options.task} <= {*tasks}, f"--task: the tasks of this run are {', '.join(tasks)}")
-    d2r.check(0.1 <= options.seconds <= 60, "--seconds must lie between 0.1 and 60")
+    if not {*options.task} <= {*tasks}:
+        parser.error(f"--task: the tasks of this run are {', '.join(tasks)}")
+    if not 0.1 <= options.seconds <= 60:
+        parser.error("--seconds must lie between 0.1 and 60")
     chosen = [*dict.fromkeys(options.task)] or tasks
     episodes = [play(args, tasks, actor, tasks.index(task)) for task in chosen]
     solved = [steps.success.argmax() if steps.success.any() else args.episode_length for *_, steps in episodes]

@@ -96,9 +96,7 @@ def compare_networks(FlattenDepthRouteNet):
 
 def agents(batch_size, sample_k, DepthRoutePolicy, FlattenDepthRouteNet, MTSAC):
     """Their agent and ours, and pairs of their networks and ours, with the same weights."""
-    options = ["--env-id", "MT10", "--batch-size", str(batch_size), *([] if sample_k else ["--no-sample-k"])]
-    args, _, _ = d2r.parse_arguments(options)
-    agent = d2r.Agent(OBS, ACTION, T, args)
+    agent = d2r.Agent(OBS, ACTION, T, d2r.Args(env_id="MT10", batch_size=batch_size, sample_k=sample_k))
     networks = [their_network(DepthRoutePolicy, 2 * ACTION, [OBS], True, sample_k)]
     networks += [their_network(FlattenDepthRouteNet, 1, [OBS, ACTION], True, sample_k) for _ in range(2)]
     with tempfile.TemporaryDirectory() as directory:

@@ -50,7 +50,7 @@ def evaluations(run_dir: Path) -> list[dict]:
     if not path.exists():
         sys.exit(f"error: there is no {path}")
     with open(path, newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["success"]]
+        rows = [row for row in csv.DictReader(file) if row["modules_used"]]
     if not rows:
         sys.exit(f"error: {run_dir} holds no evaluation yet")
     return rows
@@ -62,7 +62,7 @@ def plot(run_dir: Path) -> Path:
     steps = [int(row["global_step"]) for row in rows]
     tasks = [column.removeprefix("success/") for column in rows[0] if column.startswith("success/")]
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    left = ("return", "return") if rows[-1]["success"] == "nan" else ("success", "success rate")
+    left = ("success", "success rate") if rows[-1]["success"] else ("return", "return")
     for axis, (name, title) in zip(axes, (left, ("modules_used", "modules used"))):
         for index, task in enumerate(tasks):
             values = [float(row[f"{name}/{task}"]) for row in rows]

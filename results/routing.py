@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Look at a policy's routing: python results/routing.py results/RUN [--episodes 10] [--device auto].
+"""Look at a policy's routing: python results/routing.py results/RUN [--episodes 10] [--device cpu].
 
 Runs RUN/actor.pt as an evaluation does, and writes into RUN/
 
@@ -20,6 +20,7 @@ import argparse
 import csv
 import math
 import sys
+from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -50,15 +51,17 @@ class Steps(NamedTuple):
     ended: np.ndarray  # the episode's last step
 
 
-def load(run_dir: Path, device: str = "auto"):
+def load(run_dir: Path, device: str):
     """Arguments, tasks and policy of RUN/actor.pt."""
-    args, tasks, saved = d2r.parse_arguments(["--evaluate", str(run_dir / "actor.pt"), "--device", device])
-    device = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-    weights = {name.removeprefix("routing_network."): weight for name, weight in saved["actor"].items()}
-    obs_dim, action_dim = weights["obs_encoder.0.weight"].shape[1], len(weights["base_modules.head.weight"]) // 2
-    actor = d2r.Agent(obs_dim, action_dim, len(tasks), args, device).actor
-    actor.load_state_dict(saved["actor"])
-    return args, tasks, actor
+    if not (run_dir / "actor.pt").exists():
+        sys.exit(f"error: there is no {run_dir / 'actor.pt'}")
+    args, _ = d2r.parse_arguments(["--evaluate", str(run_dir / "actor.pt"), "--device", device])
+    weights = torch.load(args.evaluate, map_location="cpu")["actor"]
+    obs_dim = weights["routing_network.obs_encoder.0.weight"].shape[1]
+    action_dim = len(weights["base_modules.head.weight"]) // 2
+    actor = d2r.Agent(obs_dim, action_dim, len(args.tasks), args, device).actor
+    actor.load_state_dict(weights)
+    return args, args.tasks, actor
 
 
 @torch.no_grad()
@@ -88,7 +91,7 @@ def rollout(actor, envs, seed: int, tasks: list[int]):
 def record(args, tasks: list[str], actor, episodes: int) -> Steps:
     """So many episodes of each task, in processes of their own."""
     steps, finished = [], 0
-    with d2r.make_envs(tasks, args, args.seed) as envs:
+    with closing(d2r.make_envs(args, args.seed)) as envs:
         for step in rollout(actor, envs, args.seed, [*range(len(tasks))]):
             steps.append(step)
             finished = finished + step.ended
@@ -221,9 +224,10 @@ def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("--episodes", type=int, default=10)
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=d2r.Args.device)
     options = parser.parse_args(argv)
-    d2r.check(options.episodes >= 1, "--episodes must be at least 1")
+    if options.episodes < 1:
+        parser.error("--episodes must be at least 1")
     args, tasks, actor = load(options.run, options.device)
     steps = record(args, tasks, actor, options.episodes)
     rows = table(steps, tasks)

@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
 from unittest import mock
@@ -88,9 +89,9 @@ def matrix_products(args, T, device, used=None):
 
 def make_agent(env_id, batch_size, device, module=d2r, all_modules=False, eager=False, **changes):
     """A fresh agent of a d2r_sac.py: its update and act, with a batch of its own routes."""
-    args, tasks, _ = module.parse_arguments(["--env-id", env_id, "--batch-size", str(batch_size)])
+    args = module.parse_arguments(["--env-id", env_id, "--batch-size", str(batch_size)])[0]
     vars(args).update(changes)
-    T = len(tasks)
+    T = len(module.task_names(env_id))
     torch.manual_seed(0)
     agent = module.Agent(OBS, ACTION, T, args, device)
     if all_modules:  # every module takes the one before as a source
@@ -129,10 +130,10 @@ class Operations(TorchDispatchMode):
 
 def operations(env_id) -> int:
     """Those of one update without clipping and Adam, whose number depends on the device, in the form for a GPU."""
-    args, tasks, _ = d2r.parse_arguments(["--env-id", env_id])
+    args = d2r.Args(env_id=env_id)
     B, M, K, meta = args.batch_size, args.num_modules, args.top_k, torch.device("meta")
     with mock.patch("torch.optim.Adam"), mock.patch("torch.nn.utils.clip_grad_norm_"):
-        agent = d2r.Agent(OBS, ACTION, len(tasks), args, meta)
+        agent = d2r.Agent(OBS, ACTION, len(args.tasks), args, meta)
         shapes = (B, OBS), (B, ACTION), (B,), (B, OBS)
         batch = [torch.empty(shape, device=meta) for shape in shapes] + [torch.empty(B, dtype=torch.bool, device=meta)]
         with Operations() as count:
@@ -255,10 +256,10 @@ def one_form(env_id, batch_size, name) -> None:
 
 def environments(env_id, envs_per_task) -> float:
     """Seconds that a step of all environments takes, with random actions."""
-    args, tasks, _ = d2r.parse_arguments(["--env-id", env_id, "--envs-per-task", str(envs_per_task)])
-    shape = 40, 10, envs_per_task * len(tasks), ACTION
+    args = d2r.Args(env_id=env_id, envs_per_task=envs_per_task)
+    shape = 40, 10, envs_per_task * len(args.tasks), ACTION
     actions = np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
-    with d2r.make_envs(tasks, args, args.seed) as envs:
+    with closing(d2r.make_envs(args, args.seed)) as envs:
         envs.reset()
         times = [seconds(lambda a=a: [envs.step(action) for action in a], torch.device("cpu")) / 10 for a in actions]
     return statistics.median(times)
@@ -286,15 +287,16 @@ def loop(env_id, batch_size, device, envs_per_task, *options) -> None:
     act, update = d2r.Agent.act, d2r.Agent.update
 
     class FullReplay(d2r.ReplayBuffer):
-        def __init__(self, capacity, tasks, obs_dim, action_dim, M, K, device):
+        def __init__(self, capacity, T, obs_dim, action_dim, M, K, device):
             start = time.time()
-            super().__init__(capacity, tasks, obs_dim, action_dim, M, K, device)
+            super().__init__(capacity, T, obs_dim, action_dim, M, K, device)
             self.added = capacity
-            self.transitions.normal_()
-            self.transitions[..., -1] = 0  # none terminated
-            T = len(tasks)
+            *numbers, terminated, routes = self.columns
+            for column in numbers:
+                column.normal_()
+            terminated.zero_()
             logits = torch.zeros(T, M, M).masked_fill(torch.ones(M, M).triu(1) > 0, -torch.inf)
-            self.routes.view(-1, T, M, K)[:] = d2r.sample_k(logits, K)
+            routes.view(-1, T, M, K)[:] = d2r.sample_k(logits, K)
             filling.append(time.time() - start)
 
     def timed_act(agent, obs, deterministic=False):
@@ -316,7 +318,7 @@ def loop(env_id, batch_size, device, envs_per_task, *options) -> None:
         arguments = f"--env-id {env_id} --batch-size {batch_size} --device {device} --learning-starts {N} "
         arguments += f"--envs-per-task {envs_per_task} "
         arguments += f"--total-steps {steps} --log-every {steps // 6} --eval-every {100 * steps} --eval-episodes 1 "
-        arguments += f"--no-tensorboard --results-dir {results_dir} --run-name run"
+        arguments += f"--results-dir {results_dir} --run-name run"
         d2r.main([*arguments.split(), *options])
         with open(Path(results_dir, "run", "progress.csv"), newline="") as file:
             rows = [(float(row["global_step"]), float(row["seconds"])) for row in csv.DictReader(file)]
