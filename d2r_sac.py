@@ -131,9 +131,7 @@ class Args:
         least = max(self.batch_size, self.envs_per_task * T * RANKS)
         mistakes = {
             f"--run-name: {self.run_dir} exists": self.run_dir.exists(),
-            "--device: PyTorch finds no GPU": self.device == "cuda" and not torch.cuda.is_available(),
             "--episode-length must lie between 1 and 500": not 1 <= self.episode_length <= 500,
-            "--initial-alpha must lie between 0 and 1": not 0 < self.initial_alpha <= 1,
             "--learning-starts must lie between 1 and --total-steps": not 1 <= self.learning_starts < self.total_steps,
             f"--batch-size must be a multiple of {T * RANKS}, tasks times ranks": self.batch_size % (T * RANKS),
             f"--buffer-size must be at least {least}, a batch and a step of all": self.buffer_size < least,
@@ -567,13 +565,12 @@ class ReplayBuffer:
 # ----------------------------------------------------------------------------------------- environments and evaluation
 def task_names(env_id):
     """The tasks of --env-id, in the order of their indices. Raises ValueError for an unknown or doubled task."""
-    if env_id in ("MT10", "MT25", "MT50"):
-        return list(getattr(metaworld.env_dict, f"{env_id}_V3"))
-    tasks = [task.strip() for task in env_id.split(",")]
+    benchmark = getattr(metaworld.env_dict, f"{env_id}_V3", None)
+    tasks = [task.strip() for task in benchmark or env_id.split(",")]
     known = metaworld.env_dict.ALL_V3_ENVIRONMENTS
     for task in tasks:
         if task not in known:
-            raise ValueError(f"--env-id: {task!r} is none of MT10, MT25, MT50, {', '.join(known)}")
+            raise ValueError(f"--env-id: {task!r} is none of {', '.join(known)}")
         if tasks.count(task) > 1:
             raise ValueError(f"--env-id: {task!r} is named twice")
     return tasks
@@ -659,9 +656,9 @@ def evaluate(args, agent, envs, stop):
     act = CUDAGraph(partial(agent.act, deterministic=True))
     sums = np.zeros((T, 3))
     depths = []
+    E = args.envs_per_task
+    left = (args.eval_episodes + E - 1 - np.arange(E * T) // T) // E  # of each environment, however long they are
     obs, _ = envs.reset()
-    E = len(obs) // T
-    left = (args.eval_episodes + E - 1 - np.arange(len(obs)) // T) // E  # of each environment, however long they are
     while left.any():
         if stop:
             return {}
@@ -691,15 +688,14 @@ def train(args, envs, progress, stop):
         torch.set_float32_matmul_precision("high")
     if RANKS > 1:
         torch.distributed.init_process_group()
+    seed = args.seed + 10_000 * RANK + global_step  # after a resume other goals and noise
+    obs, _ = envs.reset(seed=seed)
+    sizes = (obs.shape[1], envs.action_space.shape[1])  # of an observation and an action
     torch.manual_seed(args.seed)
-    (obs_dim,) = envs.single_observation_space.shape
-    (action_dim,) = envs.single_action_space.shape
-    agent = Agent(obs_dim, action_dim, T, args, args.device)
+    agent = Agent(*sizes, T, args, args.device)
     if args.compile and cuda:  # on a CPU it gains nothing
         for network in (agent.actor, *agent.critics, *agent.target_critics):
             network.compile(dynamic=False, options={"fallback_random": True})
-    seed = args.seed + 10_000 * RANK + global_step  # after a resume other goals and noise
-    obs, _ = envs.reset(seed=seed)
     if args.evaluate:
         agent.actor.load_state_dict(torch.load(args.evaluate, map_location="cpu")["actor"])
         evaluate(args, agent, envs, stop)
@@ -708,11 +704,10 @@ def train(args, envs, progress, stop):
     stride = len(obs) * RANKS  # environment steps of a turn of the loop
     capacity = args.buffer_size // stride * len(obs)
     try:
-        replay = ReplayBuffer(capacity, T, obs_dim, action_dim, args.num_modules, agent.actor.K, args.device)
+        replay = ReplayBuffer(capacity, T, *sizes, args.num_modules, agent.actor.K, args.device)
     except RuntimeError:
         raise MemoryError(f"--buffer-size {args.buffer_size:,} does not fit into memory") from None
-    log = load_run(args.resume, agent, replay) if args.resume else ""
-    tensorboard = start_log(args, log, global_step) if RANK == 0 else None
+    tensorboard = start_run(args, agent, replay, global_step)
     n = args.batch_size // (T * RANKS)  # samples of each task in an update
     finished = global_step >= args.total_steps and not due
     started = time.time() - seconds
@@ -787,14 +782,24 @@ def train(args, envs, progress, stop):
 
 
 # ------------------------------------------------------------------------------------------- log, checkpoints and main
-def start_log(args, log, global_step):
-    """Write args.json and, as it was at the checkpoint, progress.csv. Returns a TensorBoard writer, or None."""
+def start_run(args, agent, replay, global_step):
+    """Load the checkpoint of --resume; the learning rates stay those of the arguments. Rank 0 writes args.json and, as
+    it was at the checkpoint, progress.csv, and returns a TensorBoard writer, or None."""
+    log = ""
+    if args.resume:
+        saved = torch.load(args.resume, map_location="cpu", mmap=True)
+        agent.load_state_dict(saved["agent"])
+        state = copy.deepcopy(saved["optimizer"])  # else the optimizer would keep the file mapped
+        agent.optimizer.load_state_dict(agent.optimizer.state_dict() | {"state": state})
+        replay.add(*(column[-replay.capacity :] for column in saved["replays"][RANK]))
+        log = saved["log"]
+    if RANK > 0:
+        return None
     args.run_dir.mkdir(parents=True, exist_ok=args.resume is not None)
     versions = {name: version(name) for name in ("torch", "numpy", "metaworld", "mujoco", "gymnasium")}
     facts = json.dumps({"args": asdict(args), "tasks": args.tasks, "versions": versions}, indent=2)
     (args.run_dir / (f"args-{global_step}.json" if args.resume else "args.json")).write_text(facts)
     (args.run_dir / "progress.csv").write_text(log)
-    print(f"in {args.run_dir}, on {args.device}; updates begin at step {args.learning_starts:,}", flush=True)
     if args.track:
         import wandb
 
@@ -855,16 +860,6 @@ def save_run(args, agent, replay, progress):
         unfinished.replace(args.run_dir / name)  # a kill leaves the last whole file
 
 
-def load_run(path, agent, replay):
-    """Put a checkpoint into a new agent, but for the learning rates, and a new replay buffer. Returns progress.csv."""
-    saved = torch.load(path, map_location="cpu", mmap=True)
-    agent.load_state_dict(saved["agent"])
-    state = copy.deepcopy(saved["optimizer"])  # else the optimizer would keep the file mapped
-    agent.optimizer.load_state_dict(agent.optimizer.state_dict() | {"state": state})
-    replay.add(*(column[-replay.capacity :] for column in saved["replays"][RANK]))
-    return saved["log"]
-
-
 def parse_arguments(argv=None):
     """The arguments, by default those of the run that --resume or --evaluate names, and its progress: global step,
     updates, seconds, and whether an evaluation is due. Raises OSError if there is no such run."""
@@ -911,7 +906,7 @@ def main(argv=None):
         if args.evaluate:
             torch.set_num_threads(1)  # more would compete with the environments
         if RANK == 0:
-            print(f"starting {args.envs_per_task * len(args.tasks)} environments", flush=True)
+            print(f"{args.run_dir}: updates begin at step {args.learning_starts:,}; starting environments", flush=True)
         envs = make_envs(args, args.seed + 10_000 * RANK + progress[0])  # first: they must hold nothing of CUDA
         train(args, envs, progress, stop)
     except (EOFError, ConnectionError) as error:
