@@ -140,7 +140,7 @@ class Args:
             if mistaken and self.resume is None and self.evaluate is None:
                 raise ValueError(message)
         with torch.random.fork_rng(devices=()):
-            Agent(1, 1, T, self)  # a trial: the networks and Adam know their own mistakes
+            Agent(1, 1, T, self)  # a trial, for the errors of the networks and of Adam
 
 
 # ======================================================================================================================
@@ -257,10 +257,10 @@ class MixSources(torch.autograd.Function):
         read_i = sum_k w_ik (where(kept_ik, f_j, stop_gradient(f_j)) + x_j)
         f_i    = module_i(read_i)
 
-    Both sums have the same value. Why two: routes were chosen by an older policy (the actor's, replayed) or drawn at a
-    temperature (the critics'), so the current router may find an edge unlikely. Module j should not learn from a sample
-    that it would hardly see, but the modules before it, which x_j leads to, still can. The shortcut, which adds x_i to
-    f_i, is never blocked.
+    Both sums have the same value. They differ in their gradients: the routes were chosen by an older policy (the
+    actor's, which are replayed) or drawn at a temperature (the critics'), so the current router may find an edge
+    unlikely. Module j should not learn from a sample that it would hardly see; the modules before it still can, through
+    x_j. The shortcut, which adds x_i to f_i, is never blocked.
 
     This computes the same gradients without a copy of all outputs at each module. With g_i the gradient of read_i, and
     s_i that of x_i through the shortcut:
@@ -352,16 +352,15 @@ class D2RNetwork(nn.Module):
         if self.resrouting and torch.is_grad_enabled():
             w_f = w * gradient_kept(logits).gather(-1, sources)
         w_fx = torch.stack([w_f, w], dim=-1).detach()
-        pairs = (
-            sources * B + torch.arange(B, device=h.device)[:, None, None]
-        )  # j B + b: (module, sample) pairs, in order
-        slots = pairs  # each pair has a slot
-        rows = slice(None)
+        # The pairs (module j, sample b) are numbered j B + b. Each has a slot, unless unused modules are skipped.
+        pairs = sources * B + torch.arange(B, device=h.device)[:, None, None]
+        slots = pairs
+        rows = slice(None)  # of the pairs
         counts = [B] * (M + 1)  # samples for which each module, and the head, is computed
         if h.is_cpu and not torch.compiler.is_compiling():
             used = F.pad(used_modules(routes), (0, 1), value=True).T  # (M + 1, B)
             counts = used.sum(1).tolist()
-            slots = (used.flatten().cumsum(0) - 1)[pairs]  # only the pairs used have a slot
+            slots = (used.flatten().cumsum(0) - 1)[pairs]
             rows = used[1:].flatten().nonzero().squeeze(1)
         # From (B, M, ...) to a tensor for each of the modules 1 ... M, with a row for each sample that uses it.
         by_module = [t.transpose(0, 1).flatten(0, 1)[rows].split(counts[1:]) for t in (w, w_fx, slots)]
@@ -657,7 +656,8 @@ def evaluate(args, agent, envs, stop):
     sums = np.zeros((T, 3))
     depths = []
     E = args.envs_per_task
-    left = (args.eval_episodes + E - 1 - np.arange(E * T) // T) // E  # of each environment, however long they are
+    # Episodes of each environment: a fixed share, else short episodes would count more often.
+    left = (args.eval_episodes + E - 1 - np.arange(E * T) // T) // E
     obs, _ = envs.reset()
     while left.any():
         if stop:
@@ -798,8 +798,10 @@ def start_run(args, agent, replay, global_step):
     args.run_dir.mkdir(parents=True, exist_ok=args.resume is not None)
     versions = {name: version(name) for name in ("torch", "numpy", "metaworld", "mujoco", "gymnasium")}
     facts = json.dumps({"args": asdict(args), "tasks": args.tasks, "versions": versions}, indent=2)
-    (args.run_dir / (f"args-{global_step}.json" if args.resume else "args.json")).write_text(facts)
+    name = f"args-{global_step}.json" if args.resume else "args.json"
+    (args.run_dir / name).write_text(facts)
     (args.run_dir / "progress.csv").write_text(log)
+    print(f"{args.run_dir}: updates begin at step {args.learning_starts:,}", flush=True)
     if args.track:
         import wandb
 
@@ -823,8 +825,9 @@ def write_row(args, tensorboard, row, metrics):
         if file.tell() == 0:
             table.writeheader()
         table.writerow({name: f"{value:.9g}" for name, value in known.items()})
-    for name, value in known.items() if tensorboard else ():
-        tensorboard.add_scalar(name, value, row["global_step"])
+    if tensorboard:
+        for name, value in known.items():
+            tensorboard.add_scalar(name, value, row["global_step"])
     steps_left = max(args.total_steps - row["global_step"], 0)
     left = timedelta(seconds=round(steps_left / row["steps_per_second"]))
     text = "step {global_step:,}, {steps_per_second:,.1f} steps/s, {left} left, train_success {train_success:.2f}"
@@ -869,8 +872,7 @@ def parse_arguments(argv=None):
         return args, start
     option, file = ("resume", "checkpoint.pt") if args.evaluate is None else ("evaluate", "actor.pt")
     path = Path(getattr(args, option))
-    if path.is_dir():
-        path = path / file
+    path = path / file if path.is_dir() else path
     saved = torch.load(path, map_location="cpu", mmap=True)
     old = Args()
     vars(old).update(saved["args"], device=Args.device, resume=None, evaluate=None)
@@ -901,12 +903,12 @@ def main(argv=None):
 
     try:
         args, progress = parse_arguments(argv)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            handlers[number] = signal.signal(number, handle)
         if args.evaluate:
             torch.set_num_threads(1)  # more would compete with the environments
+        else:
+            handlers = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
         if RANK == 0:
-            print(f"{args.run_dir}: updates begin at step {args.learning_starts:,}; starting environments", flush=True)
+            print(f"starting {args.envs_per_task * len(args.tasks)} environments", flush=True)
         envs = make_envs(args, args.seed + 10_000 * RANK + progress[0])  # first: they must hold nothing of CUDA
         train(args, envs, progress, stop)
     except (EOFError, ConnectionError) as error:

@@ -697,7 +697,7 @@ def test_a_run_on_meta_world(tmp_path, capsys):
     assert run(tmp_path, f"{options} --total-steps 240 --eval-every 170 --log-every 60") == 0
     run_dir, out = tmp_path / "run", capsys.readouterr().out
     assert re.search(r"^step 120, [\d.]+ steps/s, 0:00:0\d left, train_success [01]\.\d\d", out, re.MULTILINE)
-    assert out.startswith(f"{run_dir}: updates begin at step 40; starting environments\nstep 60, ")
+    assert out.startswith(f"starting 2 environments\n{run_dir}: updates begin at step 40\nstep 60, ")
     facts, records = json.loads((run_dir / "args.json").read_text()), progress(run_dir)
     assert facts["args"]["total_steps"] == 240 and facts["tasks"] == ["reach-v3", "drawer-close-v3"]
     assert facts["versions"]["torch"] == version("torch")
@@ -971,8 +971,10 @@ def test_a_signal_during_an_evaluation(tmp_path, pendulums, monkeypatch, total):
 
     monkeypatch.setattr(d2r, "evaluate", interrupted)
     assert run(tmp_path, f"{TWO_TASKS} --total-steps {total} --eval-every 60 --log-every 20") == 143
-    monkeypatch.setattr(d2r, "evaluate", interrupted)
-    assert main("--evaluate", tmp_path / "run") == 143
+    monkeypatch.setattr(d2r, "evaluate", lambda *a: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        main("--evaluate", tmp_path / "run")
+    monkeypatch.setattr(d2r, "evaluate", evaluate)
     assert main("--resume", tmp_path / "run") == 0
     rows = [(int(record["global_step"]), bool(record["return"])) for record in progress(tmp_path / "run")]
     assert rows == [(60, False), (62, True), *([(80, False), (100, False), (120, True)] if total == 120 else [])]
