@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""Dynamic Depth Routing (D2R) with multi-task SAC on Meta-World, in one file: python d2r_sac.py --env-id MT10
+"""Dynamic Depth Routing (D2R) with multi-task SAC on Meta-World, in one file.
+
+    python d2r_sac.py --env-id MT10
 
 One policy for many tasks: for every state and task a routing network picks which of M base modules to use and how to
 wire them, so that easy tasks can take few modules and hard ones many. Paper: He et al., "Not All Tasks Are Equally
 Difficult: Multi-Task Deep Reinforcement Learning with Dynamic Depth Routing", AAAI 2024, arXiv:2312.14472.
 
     concept              formula                                                            here
+    route                the K sources of each module, and of the head, for one sample      D2RNetwork
     routing network      z = router(h * e), h = encoder(state), e = encoder(task)           RoutingNetwork
     Top-K                the K sources with the largest logits z_ij of module i             top_k
     Sample-K             K draws without replacement from softmax_j(z_ij / temperature)     sample_k
@@ -20,8 +23,8 @@ Difficult: Multi-Task Deep Reinforcement Learning with Dynamic Depth Routing", A
     route balancing      a task's temperature is its weight                                 Agent.temperature
 
     T  tasks
-    E  environments of each task; of all E T, number i runs task i % T
-    B  samples in a batch, B / T of each task, in the order of the tasks
+    E  environments of each task; environment i of all E T runs task i % T
+    B  samples in a batch: first B / T of task 0, then B / T of task 1, and so on
     M  base modules, numbered 0 ... M-1; the head counts as module M
     K  sources of a module
     H  width of a module
@@ -83,7 +86,7 @@ class Args:
     routing: Literal["module", "layer", "model"] = "module"  # granularity; see allowed_sources
     parallel_modules: int = 4  # P, width of a layer, or number of chains; for layer or model
     module_width: int = 128  # H, width of a base module
-    encoder_widths: tuple[int, ...] = (400, 400)  # of the state encoder; the task's has only the last
+    encoder_widths: tuple[int, ...] = (400, 400)  # of the state encoder; the task encoder has only the last
     router_widths: tuple[int, ...] = (256, 256)  # hidden layers of the router
     resrouting: bool = True  # ResRouting; without it gradients reach all chosen modules
     route_balancing: bool = True  # without it every task samples routes at temperature 1
@@ -97,9 +100,9 @@ class Args:
     target_entropy: float | None = None  # in nats (minus the size of an action)
     reward_scale: float = 0.1  # factor on the environments' rewards
     max_task_loss: float = 3e3  # a task whose losses sum to more is skipped in the update
-    max_grad_norm: float = 1.0  # of the actor, each critic and log alpha, each by itself
+    max_grad_norm: float = 1.0  # of the actor, each critic and log alpha, clipped separately
     # The run
-    seed: int = 1  # of the networks, the sampling and the goals
+    seed: int = 1  # for the networks, the sampling and the goals
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
     compile: bool = False  # torch.compile the networks, on CUDA
     results_dir: str = "results"  # directory of the run directories
@@ -129,25 +132,27 @@ class Args:
                 setattr(self, name, default)
         self.run_dir = Path(self.results_dir, self.run_name)
         least = max(self.batch_size, self.envs_per_task * T * RANKS)
+        counts = (self.envs_per_task, self.batch_size, self.eval_every, self.log_every)
         mistakes = {
-            f"--run-name: {self.run_dir} exists": self.run_dir.exists(),
+            f"--run-name: {self.run_dir} exists": self.resume is None and self.run_dir.exists(),
+            "--envs-per-task, --batch-size, --eval-every, --log-every must be positive": min(counts) < 1,
             "--episode-length must lie between 1 and 500": not 1 <= self.episode_length <= 500,
             "--learning-starts must lie between 1 and --total-steps": not 1 <= self.learning_starts < self.total_steps,
-            f"--batch-size must be a multiple of {T * RANKS}, tasks times ranks": self.batch_size % (T * RANKS),
-            f"--buffer-size must be at least {least}, a batch and a step of all": self.buffer_size < least,
+            f"--batch-size must be a multiple of {T * RANKS}, tasks times ranks": self.batch_size % (T * RANKS) > 0,
+            f"--buffer-size must be at least {least}, for a batch and a step": self.buffer_size < least,
         }
         for message, mistaken in mistakes.items():
-            if mistaken and self.resume is None and self.evaluate is None:
+            if mistaken and self.evaluate is None:
                 raise ValueError(message)
         with torch.random.fork_rng(devices=()):
-            Agent(1, 1, T, self)  # a trial, for the errors of the networks and of Adam
+            Agent(1, 1, T, self)  # built only for the errors of the networks and of Adam
 
 
 # ======================================================================================================================
-# The method. To use it elsewhere, paste what stands between the double lines; README has the imports.
+# The method. To use it elsewhere, copy the code between the double lines; README has the imports.
 # ----------------------------------------------------------------------------------------------------- routing network
 def init(layer, head=False):
-    # NOTE: the authors' helper takes out_features for the fan-in; in_features would be right.
+    # NOTE: as in the authors' code, out_features stands for the fan-in, which would be in_features.
     bound = 3e-3 if head else layer.out_features**-0.5
     nn.init.uniform_(layer.weight, -bound, bound)
     nn.init.constant_(layer.bias, 0.1)
@@ -189,7 +194,7 @@ class RoutingNetwork(nn.Module):
 
 
 def top_k(logits, K):
-    """The K largest logits of each row: (B, M, M) -> routes (B, M, K). A row with fewer than K repeats the best."""
+    """The K largest logits of each row: (B, M, M) -> routes (B, M, K). A row that allows fewer repeats its best."""
     values, routes = logits.topk(K, dim=-1)
     return torch.where(values == -torch.inf, routes[..., :1], routes)
 
@@ -207,14 +212,14 @@ def routing_weights(logits, routes):
     Sample-K's temperature plays no part here: it changes which sources are tried, not how they are mixed."""
     repeated = [(routes[..., :k] == routes[..., k, None]).any(-1) for k in range(routes.shape[-1])]
     z = logits.gather(-1, routes).masked_fill(torch.stack(repeated, dim=-1), -torch.inf)
-    return z.movedim(-1, 0).softmax(0).movedim(0, -1)  # a CPU is slow over a short last dimension
+    return z.movedim(-1, 0).softmax(0).movedim(0, -1)  # on a CPU a short last dimension is slow
 
 
 def gradient_kept(logits):
     """ResRouting: true for the edges that the current router finds likely, p_ij > 1 / (J_i + 1). (B, M, M) -> (B, M, M).
     p_i is the softmax of module i's logits, at temperature 1, over the J_i sources that it may choose from. The
-    threshold is just under the uniform 1 / J_i, so an untrained router, which is nearly uniform, keeps all edges."""
-    num_sources = (logits[:1] > -torch.inf).sum(-1, keepdim=True, dtype=logits.dtype)  # J_i
+    threshold is just under the uniform 1 / J_i, so an untrained router, which is nearly uniform, keeps most edges."""
+    num_sources = (logits[:1] > -torch.inf).sum(-1, keepdim=True, dtype=logits.dtype)  # J_i, of every sample
     return logits.softmax(-1) > 1 / (num_sources + 1)
 
 
@@ -225,7 +230,7 @@ def used_modules(routes):
     chosen.scatter_(1, routes.permute(1, 2, 0).long(), True)
     used = chosen[-1]  # the head's sources
     for i in range(M - 1, 0, -1):
-        used = used | (used[i] & chosen[i - 1])  # if module i is used, so are its sources
+        used = used | (used[i] & chosen[i - 1])  # if module i is used, so are its sources, row i - 1
     return used.T
 
 
@@ -251,26 +256,27 @@ def allowed_sources(M, routing, P):
 
 # ------------------------------------------------------------------------------------------------------- base modules
 class MixSources(torch.autograd.Function):
-    """Wiring and ResRouting. With j the k-th source of module i, and kept as from gradient_kept:
+    """Wiring and ResRouting. With sums over the chosen sources j of module i, and kept as from gradient_kept:
 
-        x_i    = sum_k w_ik (f_j + x_j)
-        read_i = sum_k w_ik (where(kept_ik, f_j, stop_gradient(f_j)) + x_j)
+        x_i    = sum_j w_ij (f_j + x_j)
+        read_i = sum_j w_ij (where(kept_ij, f_j, stop_gradient(f_j)) + x_j)
         f_i    = module_i(read_i)
 
-    Both sums have the same value. They differ in their gradients: the routes were chosen by an older policy (the
-    actor's, which are replayed) or drawn at a temperature (the critics'), so the current router may find an edge
-    unlikely. Module j should not learn from a sample that it would hardly see; the modules before it still can, through
-    x_j. The shortcut, which adds x_i to f_i, is never blocked.
+    Both sums have the same value, and w_ij always gets its gradient. But the actor's routes are replayed from an older
+    policy, and the critics' are sampled at a temperature, so the current router may find edge (i, j) unlikely. Then
+    module j should not learn from a sample that it would hardly see, and module i's gradient passes it by, through x_j
+    to the modules before it. The shortcut, which adds x_i to f_i, is never blocked.
 
-    This computes the same gradients without a copy of all outputs at each module. With g_i the gradient of read_i, and
-    s_i that of x_i through the shortcut:
+    Plain autograd would copy all outputs at each module. Here they lie in one tensor o (S, H) of f_j + x_j, with a slot
+    for each module and sample, and the gradients are written by hand. With g_i the gradient of read_i, and s_i that of
+    x_i through the shortcut:
 
         grad f_j = sum_i w_ij (kept_ij g_i + s_i)      s_j = sum_i w_ij (g_i + s_i)
 
-    All outputs f + x lie in one tensor o (S, H), with a slot for each module and sample. The tape (S, 2, H) is passed
-    from mixing to mixing. Its values mean nothing; its gradient, on the way back, collects grad f_j in [:, 0] and s_j
-    in [:, 1]. It starts as zeros: autograd makes them, since nobody reads the last tape. torch.func, vmap and second
-    derivatives do not work through this function."""
+    These sums need a place, since o is written in place: the tape (S, 2, H). It is passed from mixing to mixing. Its
+    values mean nothing; its gradient, on the way back, collects grad f_j in [:, 0] and s_j in [:, 1]. It starts as
+    zeros: autograd makes them, since nobody reads the last tape. torch.func, vmap and second derivatives do not work
+    through this function."""
 
     @staticmethod
     def forward(ctx, tape, o, f, x, previous, w, w_fx, slots):
@@ -278,7 +284,7 @@ class MixSources(torch.autograd.Function):
         use. w, slots (B_i, K), w_fx (B_i, K, 2): w_ij kept_ij, the share of g_i for f_j, and w_ij, the share for x_j.
         Returns the tape and the sum (B_i, H) twice: read_i, on which module i may work in place, and x_i."""
         torch.add(f, x, out=o[previous])
-        ctx.o = o  # not saved: later modules write into it, but not into these slots
+        ctx.o = o  # save_for_backward would object to later writes; they leave these slots alone
         ctx.previous = previous
         ctx.save_for_backward(w, w_fx, slots)
         if torch.compiler.is_compiling():  # it fuses this, but not embedding_bag
@@ -315,21 +321,21 @@ class BaseModule(nn.Linear):
 
 class D2RNetwork(nn.Module):
     """A routing network and its base modules: an actor (output: mean and log std), a critic (output: Q), or any other.
-    top_k 0: soft routing over all allowed sources. make_module(width_in, width_out): instead of BaseModule."""
+    args: Args, or any object with its attributes from num_modules to resrouting. make_module(width_in, width_out):
+    instead of BaseModule."""
 
-    def __init__(self, input_dim, output_dim, num_tasks, *, num_modules=16, top_k=2, module_width=128,
-                 encoder_widths=(400, 400), router_widths=(256, 256), resrouting=True, routing="module",
-                 parallel_modules=4, make_module=None):  # fmt: skip
+    def __init__(self, input_dim, output_dim, num_tasks, args, make_module=None):
         super().__init__()
-        if not 0 <= top_k <= num_modules:
-            raise ValueError(f"top_k, {top_k}, must lie between 0 and num_modules, {num_modules}")
-        self.K = top_k or num_modules
-        self.resrouting = resrouting
-        allowed = allowed_sources(num_modules, routing, parallel_modules)
-        self.routing_network = RoutingNetwork(input_dim, num_tasks, allowed, encoder_widths, router_widths)
-        widths = [encoder_widths[-1]] + [module_width] * num_modules
+        M = args.num_modules
+        if not 0 <= args.top_k <= M:
+            raise ValueError(f"top_k, {args.top_k}, must lie between 0 and num_modules, {M}")
+        self.K = args.top_k or M
+        self.resrouting = args.resrouting
+        allowed = allowed_sources(M, args.routing, args.parallel_modules)
+        self.routing_network = RoutingNetwork(input_dim, num_tasks, allowed, args.encoder_widths, args.router_widths)
+        widths = [args.encoder_widths[-1]] + [args.module_width] * M
         modules = nn.ModuleList((make_module or BaseModule)(a, b) for a, b in pairwise(widths))
-        head = init(nn.Linear(module_width, output_dim), head=True)
+        head = init(nn.Linear(args.module_width, output_dim), head=True)
         self.base_modules = nn.ModuleDict({"module": modules, "head": head})
 
     def forward(self, inputs, task, routes=None, temperature=None):
@@ -343,7 +349,7 @@ class D2RNetwork(nn.Module):
         return self.run_modules(h, logits, routes), routes
 
     def run_modules(self, h, logits, routes):
-        """h (B, encoder_widths[-1]), logits (B, M, M), routes (B, M, K) -> output.
+        """h (B, encoder_widths[-1]), logits (B, M, M), routes (B, M, K), of allowed edges only -> output.
         A CPU computes a module only for the samples that use it; a GPU for all, since shapes must be static."""
         B, M, _ = routes.shape
         sources = routes.long()
@@ -352,18 +358,18 @@ class D2RNetwork(nn.Module):
         if self.resrouting and torch.is_grad_enabled():
             w_f = w * gradient_kept(logits).gather(-1, sources)
         w_fx = torch.stack([w_f, w], dim=-1).detach()
-        # The pairs (module j, sample b) are numbered j B + b. Each has a slot, unless unused modules are skipped.
+        # The pairs (module j, sample b) are numbered j B + b. On a GPU each is computed, in the slot of that number.
         pairs = sources * B + torch.arange(B, device=h.device)[:, None, None]
         slots = pairs
-        rows = slice(None)  # of the pairs
+        computed = slice(None)  # of the pairs with modules 1 ... M
         counts = [B] * (M + 1)  # samples for which each module, and the head, is computed
         if h.is_cpu and not torch.compiler.is_compiling():
             used = F.pad(used_modules(routes), (0, 1), value=True).T  # (M + 1, B)
             counts = used.sum(1).tolist()
             slots = (used.flatten().cumsum(0) - 1)[pairs]
-            rows = used[1:].flatten().nonzero().squeeze(1)
+            computed = used[1:].flatten().nonzero().squeeze(1)
         # From (B, M, ...) to a tensor for each of the modules 1 ... M, with a row for each sample that uses it.
-        by_module = [t.transpose(0, 1).flatten(0, 1)[rows].split(counts[1:]) for t in (w, w_fx, slots)]
+        by_module = [t.transpose(0, 1).flatten(0, 1)[computed].split(counts[1:]) for t in (w, w_fx, slots)]
         readers = [*self.base_modules.module[1:], self.base_modules.head]
         f = self.base_modules.module[0](F.relu(h))  # used by all
         x = torch.zeros_like(f)  # o_0 = f_0
@@ -406,19 +412,17 @@ def sample_action(output):
 
 
 class Agent(nn.Module):
-    """Actor, critics, target critics, log alpha and their optimizer. args: Args, or any object with its attributes from
-    num_modules to max_grad_norm. make_module: as in D2RNetwork.
+    """Actor, critics, target critics, log alpha and their optimizer. Each network has a routing network of its own.
+    args: Args, or any object with its attributes from num_modules to max_grad_norm. make_module: as in D2RNetwork.
 
-    On a GPU, act and update are captured as CUDA graphs: whatever you add there must be tensor operations, without
-    .item(), branches on values or random numbers of Python or NumPy. Those would be frozen at their first value."""
+    On a GPU, train captures act and update as CUDA graphs. What you add to them must be tensor operations: no .item(),
+    no branches on values, no random numbers of Python or NumPy, which would all be frozen at their first value."""
 
     def __init__(self, obs_dim, action_dim, num_tasks, args, device="cpu", make_module=None):
         super().__init__()
-        names = D2RNetwork.__init__.__kwdefaults__.keys() - {"make_module"}  # the network's options
-        options = {name: getattr(args, name) for name in names} | {"make_module": make_module}
         self.args = args
-        self.actor = D2RNetwork(obs_dim, 2 * action_dim, num_tasks, **options)
-        critics = [D2RNetwork(obs_dim + action_dim, 1, num_tasks, **options) for _ in range(2)]
+        self.actor = D2RNetwork(obs_dim, 2 * action_dim, num_tasks, args, make_module)
+        critics = [D2RNetwork(obs_dim + action_dim, 1, num_tasks, args, make_module) for _ in range(2)]
         self.critics = nn.ModuleList(critics)
         self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.full((num_tasks,), math.log(args.initial_alpha)))
@@ -432,7 +436,7 @@ class Agent(nn.Module):
 
     def task_weights(self):
         """T softmax(-log alpha), (T,): proportional to 1 / alpha, with mean 1. They scale the critic and actor losses,
-        whether or not routes are balanced. A mastered task weighs less: its sharp policy makes SAC raise alpha."""
+        whether or not routes are balanced. A mastered task weighs less: its policy has too little entropy, so alpha rises."""
         return len(self.log_alpha) * (-self.log_alpha.detach()).softmax(0)
 
     def temperature(self):
@@ -480,8 +484,7 @@ class Agent(nn.Module):
         """alpha log pi(a|s) - min_c Q_c(s, a), mean of each task, (T,), and log pi(a|s), (T, B / T). Routes: the actor's
         are replayed, weighted by the current logits; the critics' are Top-K."""
         action, log_prob = sample_action(self.actor(obs, task, routes=routes)[0])
-        # This loss must not train the critics: they pass the gradient on to the action, but get none. What you have
-        # frozen yourself stays frozen.
+        # This loss does not train the critics, it only passes through them. Parameters that you froze stay frozen.
         trained = [p for p in self.critics.parameters() if p.requires_grad]
         for p in trained:
             p.requires_grad_(False)
@@ -494,8 +497,8 @@ class Agent(nn.Module):
         return (alpha * log_prob - q).mean(-1), log_prob
 
     def update(self, obs, action, reward, next_obs, terminated, routes):
-        """One step on all losses. Arguments (B, ...), task by task. Returns the tasks' losses, (T,) each, and left_out:
-        1 for a task that this update skipped."""
+        """One step on all losses. Arguments (B, ...), task by task; reward, terminated (B,). Returns the tasks' losses,
+        (T,) each, and left_out: 1 for a task that this update skipped."""
         task = self.task.repeat_interleave(len(obs) // len(self.task))  # (B,)
         critic_loss, (actor_loss, log_prob) = side_by_side(
             lambda: self.critic_loss(obs, action, reward, next_obs, terminated, task),
@@ -508,7 +511,7 @@ class Agent(nn.Module):
         total = sum(losses.values())
         left_out = total > self.args.max_task_loss
         loss = torch.where(left_out, 0.0, total).mean()
-        # One backward pass serves all three: no two of them have a parameter in common.
+        # One backward pass serves the three losses: no two of them train the same parameter.
         self.optimizer.zero_grad()
         loss.backward()
         if torch.distributed.is_initialized():  # torchrun
@@ -563,7 +566,7 @@ class ReplayBuffer:
 
 # ----------------------------------------------------------------------------------------- environments and evaluation
 def task_names(env_id):
-    """The tasks of --env-id, in the order of their indices. Raises ValueError for an unknown or doubled task."""
+    """The tasks of --env-id, in the order of their indices. Raises ValueError for an unknown or duplicate task."""
     benchmark = getattr(metaworld.env_dict, f"{env_id}_V3", None)
     tasks = [task.strip() for task in benchmark or env_id.split(",")]
     known = metaworld.env_dict.ALL_V3_ENVIRONMENTS
@@ -585,7 +588,7 @@ def make_env(task, args, seed):
 
 
 class EpisodeSummary(gym.Wrapper):
-    """info["summary"]: an episode's success at any step so far, its return, and 1; to be summed over episodes."""
+    """info["summary"]: success at any step so far, return, and 1, so that sums over episodes also count them."""
 
     def reset(self, **options):
         self.summary = np.array([np.nan, 0, 1])  # nan: no success is reported
@@ -634,7 +637,7 @@ class CUDAGraph:
             self.inputs = [tensor.clone() for tensor in inputs]
         torch._foreach_copy_(self.inputs, inputs)
         self.calls += 1
-        if self.calls <= 3:  # not on the default stream, as capturing asks for
+        if self.calls <= 3:  # to warm up, on a side stream, as CUDA graphs require
             torch.cuda.synchronize()
             with torch.cuda.stream(torch.cuda.Stream()):
                 outputs = self.function(*self.inputs)
@@ -678,9 +681,10 @@ def evaluate(args, agent, envs, stop):
 
 
 # ------------------------------------------------------------------------------------------------------- training loop
-def train(args, envs, progress, stop):
-    """Train until --total-steps or a signal in `stop`, and end with a checkpoint; with --evaluate only evaluate."""
-    global_step, updates, seconds, due = progress  # due: an evaluation that a signal ended
+def train(args, envs, path, progress, stop):
+    """Train until --total-steps or a signal in `stop`, and end with a checkpoint; with --evaluate only evaluate.
+    path, progress: as from parse_arguments."""
+    global_step, updates, seconds, eval_due = progress
     T = len(args.tasks)
     cuda = args.device == "cuda"
     if cuda:
@@ -691,25 +695,25 @@ def train(args, envs, progress, stop):
     seed = args.seed + 10_000 * RANK + global_step  # after a resume other goals and noise
     obs, _ = envs.reset(seed=seed)
     sizes = (obs.shape[1], envs.action_space.shape[1])  # of an observation and an action
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)  # all ranks start with the same weights
     agent = Agent(*sizes, T, args, args.device)
     if args.compile and cuda:  # on a CPU it gains nothing
         for network in (agent.actor, *agent.critics, *agent.target_critics):
             network.compile(dynamic=False, options={"fallback_random": True})
     if args.evaluate:
-        agent.actor.load_state_dict(torch.load(args.evaluate, map_location="cpu")["actor"])
+        agent.actor.load_state_dict(torch.load(path, map_location="cpu")["actor"])
         evaluate(args, agent, envs, stop)
         return
 
-    stride = len(obs) * RANKS  # environment steps of a turn of the loop
+    stride = len(obs) * RANKS  # environment steps per iteration
     capacity = args.buffer_size // stride * len(obs)
     try:
         replay = ReplayBuffer(capacity, T, *sizes, args.num_modules, agent.actor.K, args.device)
     except RuntimeError:
         raise MemoryError(f"--buffer-size {args.buffer_size:,} does not fit into memory") from None
-    tensorboard = start_run(args, agent, replay, global_step)
+    tensorboard = start_run(args, agent, replay, path, global_step)
     n = args.batch_size // (T * RANKS)  # samples of each task in an update
-    finished = global_step >= args.total_steps and not due
+    finished = global_step >= args.total_steps and not eval_due
     started = time.time() - seconds
     saved_at = row_at = time.time()
     row_step = global_step
@@ -748,8 +752,8 @@ def train(args, envs, progress, stop):
 
         # Evaluate and log
         finished = global_step >= args.total_steps
-        due |= learning and (finished or global_step % args.eval_every < stride)
-        if RANK == 0 and (due or (learning and global_step % args.log_every < stride)):
+        eval_due |= learning and (finished or global_step % args.eval_every < stride)  # a multiple was crossed
+        if RANK == 0 and (eval_due or (learning and global_step % args.log_every < stride)):
             row = {"global_step": global_step, "updates": updates, "seconds": time.time() - started}
             row["steps_per_second"] = (global_step - row_step) / (time.time() - row_at)
             metrics = dict.fromkeys(["success", "return", "modules_used"], math.nan)
@@ -757,10 +761,10 @@ def train(args, envs, progress, stop):
             metrics["alpha"] = agent.log_alpha.detach().exp()
             if args.sample_k:
                 metrics["temperature"] = agent.temperature()
-            if due:
+            if eval_due:  # in the training environments, which begin new episodes
                 results = evaluate(args, agent, envs, stop)
                 metrics |= results
-                due = not results
+                eval_due = not results  # a signal interrupted it: it remains to be done after a resume
                 obs, _ = envs.reset()
             write_row(args, tensorboard, row, metrics | losses)
             sums.zero_()
@@ -775,19 +779,19 @@ def train(args, envs, progress, stop):
             torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
             finished, saving = flags.tolist()
         if saving:
-            save_run(args, agent, replay, (global_step, updates, time.time() - started, due))
+            save_run(args, agent, replay, (global_step, updates, time.time() - started, eval_due))
             saved_at = time.time()
     if RANK == 0:
         print(f"ended at step {global_step:,} of {args.total_steps:,}; to continue: --resume {args.run_dir}")
 
 
 # ------------------------------------------------------------------------------------------- log, checkpoints and main
-def start_run(args, agent, replay, global_step):
-    """Load the checkpoint of --resume; the learning rates stay those of the arguments. Rank 0 writes args.json and, as
-    it was at the checkpoint, progress.csv, and returns a TensorBoard writer, or None."""
+def start_run(args, agent, replay, path, global_step):
+    """Load the checkpoint of a resumed run, except for the learning rates. Rank 0 writes args.json, resets progress.csv
+    to its state at the checkpoint, and returns a TensorBoard writer, if it is installed."""
     log = ""
     if args.resume:
-        saved = torch.load(args.resume, map_location="cpu", mmap=True)
+        saved = torch.load(path, map_location="cpu", mmap=True)
         agent.load_state_dict(saved["agent"])
         state = copy.deepcopy(saved["optimizer"])  # else the optimizer would keep the file mapped
         agent.optimizer.load_state_dict(agent.optimizer.state_dict() | {"state": state})
@@ -814,22 +818,24 @@ def start_run(args, agent, replay, global_step):
 
 
 def write_row(args, tensorboard, row, metrics):
-    """Append a row to progress.csv, and to TensorBoard: of each metric, (T,), the mean and all values. nan: nothing."""
+    """Append a row to progress.csv, and to TensorBoard: of each metric, (T,), the mean and the tasks' values. nan is
+    left blank; a column that the file has not had from its start is ignored."""
     for name, values in metrics.items():
         values = torch.as_tensor(values).expand(len(args.tasks)).tolist()
         row[name] = np.mean(values)
         row |= {f"{name}/{task}": value for task, value in zip(args.tasks, values)}
     known = {name: value for name, value in row.items() if not math.isnan(value)}
-    with open(args.run_dir / "progress.csv", "a", newline="") as file:
-        table = csv.DictWriter(file, row, lineterminator="\n")
-        if file.tell() == 0:
+    with open(args.run_dir / "progress.csv", "a+", newline="") as file:
+        file.seek(0)
+        header = next(csv.reader(file), None)
+        table = csv.DictWriter(file, header or row, extrasaction="ignore", lineterminator="\n")
+        if not header:
             table.writeheader()
         table.writerow({name: f"{value:.9g}" for name, value in known.items()})
     if tensorboard:
         for name, value in known.items():
             tensorboard.add_scalar(name, value, row["global_step"])
-    steps_left = max(args.total_steps - row["global_step"], 0)
-    left = timedelta(seconds=round(steps_left / row["steps_per_second"]))
+    left = timedelta(seconds=max(args.total_steps - row["global_step"], 0) // row["steps_per_second"])
     text = "step {global_step:,}, {steps_per_second:,.1f} steps/s, {left} left, train_success {train_success:.2f}"
     print(text.format(left=left, **row), flush=True)
 
@@ -860,37 +866,42 @@ def save_run(args, agent, replay, progress):
         except RuntimeError as error:  # a full disk
             unfinished.unlink()
             raise OSError(f"{unfinished} cannot be written: {error}") from error
-        unfinished.replace(args.run_dir / name)  # a kill leaves the last whole file
+        unfinished.replace(args.run_dir / name)  # if killed before, the last whole file stays
 
 
 def parse_arguments(argv=None):
-    """The arguments, by default those of the run that --resume or --evaluate names, and its progress: global step,
-    updates, seconds, and whether an evaluation is due. Raises OSError if there is no such run."""
-    args = tyro.cli(Args, args=argv)
+    """The arguments, by default those of the run that --resume or --evaluate names; the path of its file; its progress:
+    global step, updates, seconds, and whether an evaluation is due. Raises OSError if there is no such run."""
+
+    def source(resume: str | None = None, evaluate: str | None = None):
+        return resume, evaluate
+
+    (resume, evaluate), _ = tyro.cli(source, args=argv, return_unknown_args=True, add_help=False)
     start = (0, 0, 0.0, False)
-    if args.resume is None and args.evaluate is None:
-        return args, start
-    option, file = ("resume", "checkpoint.pt") if args.evaluate is None else ("evaluate", "actor.pt")
-    path = Path(getattr(args, option))
-    path = path / file if path.is_dir() else path
+    if resume is None and evaluate is None:
+        return tyro.cli(Args, args=argv), None, start
+    path = Path(resume if evaluate is None else evaluate)
+    if path.is_dir():
+        path = path / ("checkpoint.pt" if evaluate is None else "actor.pt")
     saved = torch.load(path, map_location="cpu", mmap=True)
-    old = Args()
+    old = Args.__new__(Args)  # without __post_init__; an option that is new since then has its default
     vars(old).update(saved["args"], device=Args.device, resume=None, evaluate=None)
     vars(old).update(results_dir=str(path.parent.parent), run_name=path.parent.name)
-    fixed = ["env_id", "top_k", "goals", "seed", "envs_per_task"]
-    if option == "evaluate":
-        fixed = ["env_id", "top_k"]
+    fixed = ["env_id", "top_k"]
+    if evaluate is None:
+        fixed += ["goals", "seed", "envs_per_task", "results_dir", "run_name"]
+    else:
         old.envs_per_task = 1
     args = tyro.cli(Args, args=argv, default=old)
     changed = [name for name in fixed if getattr(args, name) != getattr(old, name)]
     if changed or len(saved.get("replays", [0])) != RANKS:
         sys.exit(f"error: {path} was made with another {', '.join(changed) or 'number of ranks'}")
-    setattr(args, option, str(path))
-    return args, saved.get("progress", start)
+    return args, path, saved.get("progress", start)
 
 
 def main(argv=None):
-    """The command line. Exit codes: 2 for a mistake in the options, 1 for a failed run, 128 + a signal's number."""
+    """The command line. Exit codes: 2 for a mistake in the options, 1 for a failed run, 128 + the number of a signal
+    that ended the training."""
     stop = []  # signals that came
     handlers = {}
     envs = None
@@ -898,28 +909,28 @@ def main(argv=None):
     def handle(number, _):
         stop.append(number)
         signal.signal(number, signal.SIG_DFL)
-        if not multiprocessing.current_process().daemon:  # workers inherit this, and continue
+        if not multiprocessing.current_process().daemon:  # workers inherit this handler, and continue
             print("ending with a checkpoint; once more ends at once", flush=True)
 
     try:
-        args, progress = parse_arguments(argv)
+        args, path, progress = parse_arguments(argv)
         if args.evaluate:
             torch.set_num_threads(1)  # more would compete with the environments
         else:
             handlers = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
         if RANK == 0:
             print(f"starting {args.envs_per_task * len(args.tasks)} environments", flush=True)
-        envs = make_envs(args, args.seed + 10_000 * RANK + progress[0])  # first: they must hold nothing of CUDA
-        train(args, envs, progress, stop)
+        envs = make_envs(args, args.seed + 10_000 * RANK + progress[0])  # forked before CUDA starts
+        train(args, envs, path, progress, stop)
     except (EOFError, ConnectionError) as error:
         sys.exit(f"error: a pipe broke, as when an environment's process dies: {error!r}")
     except (FloatingPointError, MemoryError, OSError) as error:
         sys.exit(f"error: {error}")
     finally:
-        for worker in multiprocessing.active_children():  # they ignore SIGTERM
+        for worker in multiprocessing.active_children():  # SIGTERM would not stop them: they inherit the handler
             worker.kill()
         if envs:
-            envs.closed = True
+            envs.closed = True  # else its destructor would talk to them
         for number, handler in handlers.items():
             signal.signal(number, handler)
     if stop:

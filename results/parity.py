@@ -70,7 +70,7 @@ def compare_networks(FlattenDepthRouteNet):
     """Outputs and every gradient of a critic."""
     for resrouting in (True, False):
         theirs = their_network(FlattenDepthRouteNet, 1, [OBS, ACTION], resrouting, sample_k=False)
-        ours = copied(theirs, d2r.D2RNetwork(OBS + ACTION, 1, T, resrouting=resrouting))
+        ours = copied(theirs, d2r.D2RNetwork(OBS + ACTION, 1, T, d2r.Args(resrouting=resrouting)))
         obs, action, task = torch.randn(T * N, OBS), torch.randn(T * N, ACTION), torch.arange(T).repeat_interleave(N)
         inputs, one_hot = torch.cat([obs, action], -1), torch.nn.functional.one_hot(task, T).double()
         with torch.no_grad():

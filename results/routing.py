@@ -55,8 +55,8 @@ def load(run_dir: Path, device: str):
     """Arguments, tasks and policy of RUN/actor.pt."""
     if not (run_dir / "actor.pt").exists():
         sys.exit(f"error: there is no {run_dir / 'actor.pt'}")
-    args, _ = d2r.parse_arguments(["--evaluate", str(run_dir / "actor.pt"), "--device", device])
-    weights = torch.load(args.evaluate, map_location="cpu")["actor"]
+    args, path, _ = d2r.parse_arguments(["--evaluate", str(run_dir / "actor.pt"), "--device", device])
+    weights = torch.load(path, map_location="cpu")["actor"]
     obs_dim = weights["routing_network.obs_encoder.0.weight"].shape[1]
     action_dim = len(weights["base_modules.head.weight"]) // 2
     actor = d2r.Agent(obs_dim, action_dim, len(args.tasks), args, device).actor
