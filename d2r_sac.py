@@ -86,7 +86,7 @@ class Args:
     routing: Literal["module", "layer", "model"] = "module"  # granularity; see allowed_sources
     parallel_modules: int = 4  # P, width of a layer, or number of chains; for layer or model
     module_width: int = 128  # H, width of a base module
-    encoder_widths: tuple[int, ...] = (400, 400)  # of the state encoder; the task encoder has only the last
+    encoder_widths: tuple[int, ...] = (400, 400)  # of the state encoder; the task encoder's is the last
     router_widths: tuple[int, ...] = (256, 256)  # hidden layers of the router
     resrouting: bool = True  # ResRouting; without it gradients reach all chosen modules
     route_balancing: bool = True  # without it every task samples routes at temperature 1
@@ -219,7 +219,7 @@ def gradient_kept(logits):
     """ResRouting: true for the edges that the current router finds likely, p_ij > 1 / (J_i + 1). (B, M, M) -> (B, M, M).
     p_i is the softmax of module i's logits, at temperature 1, over the J_i sources that it may choose from. The
     threshold is just under the uniform 1 / J_i, so an untrained router, which is nearly uniform, keeps most edges."""
-    num_sources = (logits[:1] > -torch.inf).sum(-1, keepdim=True, dtype=logits.dtype)  # J_i, of every sample
+    num_sources = (logits[:1] > -torch.inf).sum(-1, keepdim=True, dtype=logits.dtype)  # J_i
     return logits.softmax(-1) > 1 / (num_sources + 1)
 
 
@@ -303,7 +303,7 @@ class MixSources(torch.autograd.Function):
         grad_fx.addcmul_(w[..., None, None], grad_shortcut[:, None, None])
         # In place: it changes only slots of modules before i, whose gradients nobody has read yet.
         grad_tape.index_add_(0, slots.flatten(), grad_fx.flatten(0, 1))
-        grad_f, grad_x = grad_tape[ctx.previous].unbind(1)  # complete: all modules that read it are done
+        grad_f, grad_x = grad_tape[ctx.previous].unbind(1)  # complete: all who read it are done
         return grad_tape, None, grad_f, grad_x, None, grad_w, None, None
 
 
@@ -543,7 +543,7 @@ class ReplayBuffer:
                 torch.empty(capacity, obs_dim),
                 torch.empty(capacity, action_dim),
                 torch.empty(capacity),  # reward
-                torch.empty(capacity, obs_dim),  # next observation; if the episode ended, its last one
+                torch.empty(capacity, obs_dim),  # next observation, of the same episode
                 torch.empty(capacity, dtype=torch.bool),  # terminated
                 torch.empty(capacity, M, K, dtype=torch.int16),  # routes
             ]
@@ -752,7 +752,8 @@ def train(args, envs, path, progress, stop):
 
         # Evaluate and log
         finished = global_step >= args.total_steps
-        eval_due |= learning and (finished or global_step % args.eval_every < stride)  # a multiple was crossed
+        # A multiple of eval_every was crossed if the remainder is smaller than a step.
+        eval_due |= learning and (finished or global_step % args.eval_every < stride)
         if RANK == 0 and (eval_due or (learning and global_step % args.log_every < stride)):
             row = {"global_step": global_step, "updates": updates, "seconds": time.time() - started}
             row["steps_per_second"] = (global_step - row_step) / (time.time() - row_at)
@@ -764,7 +765,7 @@ def train(args, envs, path, progress, stop):
             if eval_due:  # in the training environments, which begin new episodes
                 results = evaluate(args, agent, envs, stop)
                 metrics |= results
-                eval_due = not results  # a signal interrupted it: it remains to be done after a resume
+                eval_due = not results  # if a signal interrupts it, a resume repeats it
                 obs, _ = envs.reset()
             write_row(args, tensorboard, row, metrics | losses)
             sums.zero_()
@@ -884,7 +885,7 @@ def parse_arguments(argv=None):
     if path.is_dir():
         path = path / ("checkpoint.pt" if evaluate is None else "actor.pt")
     saved = torch.load(path, map_location="cpu", mmap=True)
-    old = Args.__new__(Args)  # without __post_init__; an option that is new since then has its default
+    old = Args.__new__(Args)  # without __post_init__; what it lacks has its default
     vars(old).update(saved["args"], device=Args.device, resume=None, evaluate=None)
     vars(old).update(results_dir=str(path.parent.parent), run_name=path.parent.name)
     fixed = ["env_id", "top_k"]
@@ -909,7 +910,7 @@ def main(argv=None):
     def handle(number, _):
         stop.append(number)
         signal.signal(number, signal.SIG_DFL)
-        if not multiprocessing.current_process().daemon:  # workers inherit this handler, and continue
+        if not multiprocessing.current_process().daemon:  # workers inherit this, and continue
             print("ending with a checkpoint; once more ends at once", flush=True)
 
     try:
@@ -920,14 +921,14 @@ def main(argv=None):
             handlers = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
         if RANK == 0:
             print(f"starting {args.envs_per_task * len(args.tasks)} environments", flush=True)
-        envs = make_envs(args, args.seed + 10_000 * RANK + progress[0])  # forked before CUDA starts
+        envs = make_envs(args, args.seed + 10_000 * RANK + progress[0])  # before CUDA starts
         train(args, envs, path, progress, stop)
     except (EOFError, ConnectionError) as error:
         sys.exit(f"error: a pipe broke, as when an environment's process dies: {error!r}")
     except (FloatingPointError, MemoryError, OSError) as error:
         sys.exit(f"error: {error}")
     finally:
-        for worker in multiprocessing.active_children():  # SIGTERM would not stop them: they inherit the handler
+        for worker in multiprocessing.active_children():  # SIGTERM would not stop them
             worker.kill()
         if envs:
             envs.closed = True  # else its destructor would talk to them

@@ -4,7 +4,6 @@ with it; then the program, on the real Meta-World, on pendulums, and where it fa
 
 import contextlib
 import csv
-import ctypes
 import itertools
 import json
 import math
@@ -165,17 +164,8 @@ def test_routes_from_outside():
         tiny_network(5, top_k=6)
 
 
-@pytest.mark.parametrize("K", [1, 2])
-def test_a_sole_source_sends_the_router_no_gradient(K):
-    """K = 1: its weight is 1 whatever its logit. With K = 2 router and task encoder learn."""
-    network = tiny_network(5, K)
-    network(torch.randn(50, 3), torch.arange(50) % 2, temperature=torch.ones(2))[0].sum().backward()
-    for part in (network.routing_network.router, network.routing_network.task_encoder):
-        assert all((parameter.grad != 0).any() == (K == 2) for parameter in part.parameters())
-
-
 # ------------------------------------------------------------------------------------------------------- ResRouting
-def plain(modules, head, h, w, kept, stop=torch.Tensor.detach):
+def plain(modules, head, h, w, kept):
     """The definition of ResRouting in plain autograd, every module being computed for every sample: the oracle.
 
     w, kept (B, M, M): routing weights, 0 where not chosen, and whether an edge is kept."""
@@ -183,7 +173,7 @@ def plain(modules, head, h, w, kept, stop=torch.Tensor.detach):
     for module, w_i, kept_i in zip([*modules[1:], head], w.unbind(1), kept.unbind(1)):
         own = shortcut = 0
         for f_j, x_j, w_ij, kept_ij in zip(f, x, w_i.T[..., None], kept_i.T[..., None]):
-            own = own + w_ij * (torch.where(kept_ij, f_j, stop(f_j)) + x_j)
+            own = own + w_ij * (torch.where(kept_ij, f_j, f_j.detach()) + x_j)
             shortcut = shortcut + w_ij * (f_j + x_j)
         f.append(module(own))
         x.append(shortcut)
@@ -239,28 +229,6 @@ def test_resrouting_against_plain_autograd(name, size, form):
     close(output, expected)
     for gradient, reference in zip(torch.autograd.grad(output, leaves, grad_output, **options), gradients):
         close(gradient, reference)
-
-
-def test_resrouting_against_finite_differences():
-    """Of the definition, with what it detaches held at its value; in a random direction of each parameter and input."""
-    run, base, h, logits, routes, table = routed(6, 2, 5, 3, MODULES["SiLU"])
-    leaves, grad_output = [h, logits, *base.parameters()], torch.randn(3, 2, dtype=torch.float64)
-    gradients = torch.autograd.grad(run(h, logits, routes), leaves, grad_output, materialize_grads=True)
-    held, (w, kept) = [], table()
-    plain(base.module, base.head, h, w, kept, stop=lambda f: held.append(f.clone()) or f)
-
-    @torch.no_grad()
-    def value(leaf, step):
-        leaf += step
-        stopped = iter(held)
-        output = plain(base.module, base.head, h, table()[0], kept, stop=lambda f: next(stopped))
-        return (output * grad_output).sum().item()
-
-    for leaf, gradient in zip(leaves, gradients):
-        step = 1e-6 * torch.randn_like(leaf)
-        difference = value(leaf, step) - value(leaf, -2 * step)
-        leaf.data += step
-        assert difference == pytest.approx(2 * (gradient * step).nansum().item(), rel=1e-5, abs=1e-11)
 
 
 def test_modules_are_computed_for_the_samples_that_use_them():
@@ -617,9 +585,6 @@ def test_evaluation_by_hand(monkeypatch, capsys):
         action[3] = math.nan  # MuJoCo would warn for ever
         with pytest.raises(FloatingPointError, match="the action of b is not finite"):
             d2r.evaluate(args, agent, envs, [])
-    signal_at_death = ctypes.c_int()
-    ctypes.CDLL(None).prctl(2, ctypes.byref(signal_at_death))  # PR_GET_PDEATHSIG
-    assert signal_at_death.value == 0  # only the workers die with their parent, not the learner
     assert results["success"][0] == pytest.approx(1 / 4) and math.isnan(results["success"][1])
     assert results["return"].tolist() == pytest.approx([(2 + 2 + 9 + 3) / 4, (1 + 1 + 1 + 6) / 4])
     assert results["modules_used"].tolist() == pytest.approx([5 / 3, 1])
@@ -682,8 +647,7 @@ def test_a_run_on_meta_world(tmp_path, capsys):
     assert re.search(r"^step 120, [\d.]+ steps/s, 0:00:0\d left, train_success [01]\.\d\d", out, re.MULTILINE)
     assert out.startswith(f"starting 2 environments\n{run_dir}: updates begin at step 40\nstep 60, ")
     facts, records = json.loads((run_dir / "args.json").read_text()), progress(run_dir)
-    assert facts["args"]["total_steps"] == 240 and facts["tasks"] == ["reach-v3", "drawer-close-v3"]
-    assert facts["versions"]["torch"] == version("torch")
+    assert facts["args"]["total_steps"] == 240 and facts["versions"]["torch"] == version("torch")
     assert steps(run_dir) == [60, 120, 170, 180, 240]
     assert [record["global_step"] for record in records if record["success"]] == ["170", "240"]
     assert [int(record["updates"]) for record in records] == [(step - 40) // 2 for step in steps(run_dir)]
@@ -710,9 +674,8 @@ def test_a_run_on_meta_world(tmp_path, capsys):
             assert number == 0 or float(record[f"train_return/{task}"]) == pytest.approx(mean, rel=1e-4)
         assert number or not any(value for name, value in record.items() if "train" in name)
     assert main("--evaluate", run_dir / "actor.pt", "--eval-episodes", "2") == 0
-    line = r": success [01]\.[05]0, return [0-9.]+, modules used [1-4]\.[0-9]\n"
-    mean = r"mean of 2 episodes: success [01]\.\d\d, return [0-9.]+, modules used [1-4]\.[0-9]\n"
-    assert re.search(f"\nreach-v3{line}drawer-close-v3{line}{mean}$", capsys.readouterr().out)
+    line = r": success [01]\.\d\d, return [0-9.]+, modules used [1-4]\.[0-9]\n"
+    assert re.search(f"\nreach-v3{line}drawer-close-v3{line}mean of 2 episodes{line}$", capsys.readouterr().out)
 
 
 def test_a_kept_policy_is_evaluated(tmp_path, monkeypatch, capfd):
@@ -801,16 +764,12 @@ def test_resume(tmp_path, pendulums, monkeypatch, capsys):
         assert capsys.readouterr().err == f"error: {run_dir}/checkpoint.pt was made with another {name}\n"
     assert main("--evaluate", run_dir, "--env-id", "10,5") == 1
     assert main("--evaluate", run_dir, "--seed", "2", "--goals", "fixed") == 0
-    with pytest.raises(RuntimeError, match="size mismatch"):
-        main(*resume, "--num-modules", "3", "--total-steps", "360")
     assert main(*resume, "--batch-size", "15") == main(*resume, "--buffer-size", "5") == 2
     capsys.readouterr()
     with monkeypatch.context() as patch:
         patch.setattr(d2r, "RANKS", 2)
         assert main(*resume) == 1 and "was made with another number of ranks\n" in capsys.readouterr().err
     assert run(tmp_path, options) == 2 and "exists" in capsys.readouterr().err
-    with pytest.raises(FileExistsError):  # one that has come since then
-        d2r.start_run(types.SimpleNamespace(run_dir=run_dir, resume=None), None, None, None, 0)
 
 
 @pytest.mark.parametrize("ablation", ["no-resrouting", "no-route-balancing", "no-sample-k", "top-k=0", "goals=fixed"])
@@ -845,9 +804,8 @@ def test_a_loss_of_your_own_is_logged(tmp_path, pendulums, monkeypatch):
     assert run(tmp_path, f"{TWO_TASKS} --total-steps 60 --log-every 20") == 0
     monkeypatch.setattr(d2r.Agent, "update", lambda *batch: update(*batch) | own)
     assert run(tmp_path, f"{TWO_TASKS} --total-steps 60 --log-every 20", "own") == 0
-    assert [(row["my_loss"], row["my_loss/10"], row["scalar/5"]) for row in progress(tmp_path / "own")] == [
-        ("1.5", "2", "1")
-    ]
+    (row,) = progress(tmp_path / "own")
+    assert (row["my_loss"], row["my_loss/10"], row["scalar/5"]) == ("1.5", "2", "1")
     resume = ["--resume", tmp_path / "run", "--no-sample-k", "--total-steps", "80"]
     assert main(*resume) == 0  # the columns keep their places
     old, new = progress(tmp_path / "run")
@@ -976,29 +934,27 @@ def test_a_dead_worker_and_a_failing_environment_end_the_run(tmp_path, pendulums
     assert code == 1 and said.endswith("\nZeroDivisionError: division by zero\n")
 
 
-@pytest.mark.parametrize("how", ["signals", "kill"])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_an_environment_that_hangs(tmp_path, pendulums, monkeypatch, how):
-    """The first signal waits for it, the second ends the run. No worker lives on, nor after kill -9."""
+    """The first Ctrl-C waits for it, the second ends the run. No worker lives on, nor after kill -9."""
     make_env = d2r.make_env
 
-    def hang():
+    def hang(reward):
         (tmp_path / f"{os.getpid()}.hangs").touch()
         time.sleep(1000)
 
-    make = lambda *options: gym.wrappers.TransformReward(make_env(*options), lambda reward: hang())
-    monkeypatch.setattr(d2r, "make_env", make)
+    monkeypatch.setattr(d2r, "make_env", lambda *options: gym.wrappers.TransformReward(make_env(*options), hang))
     process = learner(tmp_path / "log", [*ENDLESS.split(), "--results-dir", tmp_path])
     while len(workers := [*tmp_path.glob("*.hangs")]) < 2:
         assert process.is_alive()
         time.sleep(0.02)
-    if how == "signals":
-        os.kill(process.pid, signal.SIGINT)
+    if how == signal.SIGINT:
+        os.kill(process.pid, how)
         process.join(0.5)
         assert process.is_alive()
-        os.kill(process.pid, signal.SIGINT)
-        assert ended(process, tmp_path / "log")[0] == -signal.SIGINT
-    process.kill()
-    process.join()
+    os.kill(process.pid, how)
+    process.join(10)
+    assert process.exitcode == -how
     assert_ended(worker.stem for worker in workers)
 
 
@@ -1013,29 +969,24 @@ def test_what_is_not_finite_stops_the_run(tmp_path, pendulums, monkeypatch, caps
         def reset(self, **options):
             self.resets += 1
             obs, info = self.env.reset(**options)
-            return (obs * math.inf if what == "first observation" and self.resets == 3 else obs), info
+            return obs * (math.inf if what == "first observation" and self.resets == 3 else 1), info
 
         def step(self, action):
             self.steps += 1
             obs, reward, *rest = self.env.step(action)
-            if self.steps == 30:
-                obs, reward = (obs * math.nan, reward) if what == "observation" else (obs, reward * 1e39)
-            return obs, reward, *rest
+            bad = [what == name and self.steps == 30 for name in ("observation", "reward")]
+            return obs * (math.nan if bad[0] else 1), reward * (1e39 if bad[1] else 1), *rest
 
     def changed(agent, *batch):
-        losses = update(agent, *batch)
-        if next(updates) == 9:
-            part = agent.critics[1] if what == "weights" else agent.actor
+        losses, part = update(agent, *batch), {"weights": agent.critics[1], "action": agent.actor}.get(what)
+        if part and next(updates) == 9:
             part.base_modules.head.weight.data[0, 0] = math.nan
         return losses
 
-    if what in ("weights", "action"):  # a checkpoint in every step notices weights before the next action does
-        monkeypatch.setattr(d2r.Agent, "update", changed)
-    else:
-        monkeypatch.setattr(
-            d2r, "make_env", lambda task, *a: Bad(make_env(task, *a)) if task == "10" else make_env(task, *a)
-        )
-    minutes = 10 if what == "action" else 1e-7
+    monkeypatch.setattr(d2r.Agent, "update", changed)
+    make = lambda task, *options: Bad(make_env(task, *options)) if task == "10" else make_env(task, *options)
+    monkeypatch.setattr(d2r, "make_env", make)
+    minutes = 10 if what == "action" else 1e-7  # a checkpoint in every step sees weights before the next action does
     assert run(tmp_path, f"{TWO_TASKS} --total-steps 400 --checkpoint-minutes {minutes}") == 1
     message = {"weights": "weights are", "action": "action of 5 is"}.get(what, f"{what.split()[-1]} of 10 is")
     assert capsys.readouterr().err == f"error: the {message} not finite\n"
@@ -1067,17 +1018,13 @@ MISTAKES = f"""
 --env-id reach-v3,push-v3,reach-v3: 'reach-v3' is named twice
 --batch-size 1281: --batch-size must be a multiple of 10, tasks times ranks
 --buffer-size 100: --buffer-size must be at least 1280, for a batch and a step
---buffer-size 1300 --envs-per-task 200: --buffer-size must be at least 2000
 --log-every 0: --envs-per-task, --batch-size, --eval-every, --log-every must be positive
 --episode-length 501: --episode-length must lie between 1 and 500
 --learning-rate nan: Invalid learning rate: nan
 --learning-starts 0: --learning-starts must lie between 1 and --total-steps
---total-steps 400 --learning-starts 400: --learning-starts must lie between 1 and --total-steps
 --top-k 17: top_k, 17, must lie between 0 and num_modules, 16
---routing layer --parallel-modules 5: num_modules, 16, must be a multiple of parallel_modules, 5
 --resume no/such/run: error: [Errno 2] No such file or directory: 'no/such/run'
 --resume {RESULTS}/three-tasks: three-tasks/checkpoint.pt'
---evaluate=: No such file or directory: 'actor.pt'
 --resume=: No such file or directory: 'checkpoint.pt'
 """
 
@@ -1093,10 +1040,9 @@ def test_a_mistake_is_named_before_anything_is_built(tmp_path, monkeypatch, caps
     assert message in said and "Traceback" not in said and not [*tmp_path.iterdir()]
 
 
-def test_what_is_found_later_is_one_line(tmp_path, pendulums, capsys):
+def test_a_replay_beyond_the_memory_is_one_line(tmp_path, pendulums, capsys):
     assert run(tmp_path, f"{TWO_TASKS} --buffer-size 1{'0' * 12}") == 1
     assert capsys.readouterr().err == "error: --buffer-size 1,000,000,000,000 does not fit into memory\n"
-    assert run(SCRIPT, TWO_TASKS) == 1 and "Not a directory" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------------ ranks
@@ -1107,8 +1053,7 @@ def two_ranks(tmp_path, arguments):  # as torchrun would start them
     return [learner(tmp_path / f"log{rank}", arguments, RANK=str(rank), **world) for rank in range(2)]
 
 
-@pytest.mark.parametrize("E", [1, 2])
-def test_two_ranks_learn_the_same_from_what_each_of_them_sees(tmp_path, pendulums, monkeypatch, E):
+def test_two_ranks_learn_the_same_from_what_each_of_them_sees(tmp_path, pendulums, monkeypatch):
     save_run, all_reduce, seen = d2r.save_run, torch.distributed.all_reduce, {}
 
     def spied_all_reduce(tensor, *op):
@@ -1124,7 +1069,7 @@ def test_two_ranks_learn_the_same_from_what_each_of_them_sees(tmp_path, pendulum
     monkeypatch.setattr(torch.distributed, "all_reduce", spied_all_reduce)
     monkeypatch.setattr(d2r, "save_run", spied_save)
     options = f"{TWO_TASKS} --total-steps 240 --log-every 40 --eval-every 120 --max-grad-norm 1e9 --run-name run"
-    options += f" --envs-per-task {E}"
+    options += " --envs-per-task 2"
     ranks = two_ranks(tmp_path, [*options.split(), "--results-dir", tmp_path])
     assert [ended(rank, tmp_path / "log0")[0] for rank in ranks] == [0, 0]
     assert (tmp_path / "log1").read_text() == ""
@@ -1134,12 +1079,11 @@ def test_two_ranks_learn_the_same_from_what_each_of_them_sees(tmp_path, pendulum
     close(one["mean"], (one["mine"] + two["mine"]) / 2, 1e-5)
     assert one["columns"][0].shape == (120, 3) and not (one["columns"][0] == two["columns"][0]).all(-1).any()
     assert steps(tmp_path / "run") == list(range(80, 241, 40))
-    assert int(progress(tmp_path / "run")[-1]["updates"]) == 200 // (4 * E)
+    assert int(progress(tmp_path / "run")[-1]["updates"]) == 25
     saved = checkpoint(tmp_path / "run")["replays"]
     for columns, rank in zip(saved, (one, two), strict=True):
         assert all(torch.equal(column, own) for column, own in zip(columns, rank["columns"], strict=True))
     resume = ["--resume", str(tmp_path / "run"), "--total-steps", "320"]
-    assert main(*resume) == 1  # not alone
     assert [ended(rank, tmp_path / "log0")[0] for rank in two_ranks(tmp_path, resume)] == [0, 0]
     for columns, old in zip(checkpoint(tmp_path / "run")["replays"], saved, strict=True):
         assert len(columns[0]) == 160 and all(torch.equal(now[:120], then) for now, then in zip(columns, old))
@@ -1154,43 +1098,3 @@ def test_torchrun(tmp_path):
     alone = [sys.executable, "-c", "import d2r_sac; print(d2r_sac.RANK, d2r_sac.RANKS)"]  # a RANK without WORLD_SIZE
     said = subprocess.run(alone, env={**os.environ, "RANK": "3"}, cwd=SCRIPT.parent, capture_output=True, check=True)
     assert said.stdout == b"0 1\n"
-
-
-# ----------------------------------------------------------------------------------------------------------- README
-def test_use_it_elsewhere(capsys):
-    """README's example learns, with nothing but the block that it tells to paste, and torch."""
-    block, code = SCRIPT.read_text().split("# " + "=" * 118 + "\n")[1], snippet("Use it elsewhere")
-    assert code.count("# (paste here)\n") == 1
-    exec(code.replace("# (paste here)\n", block), names := {})
-    errors = [float(error) for error in re.findall(r"error ([0-9.]+)", capsys.readouterr().out)]
-    assert len(errors) == 2 and errors[1] < errors[0] / 5 and not {"gym", "np", "tyro", "Args"} & set(names)
-
-
-def test_use_a_policy(monkeypatch):
-    """README's example closes a drawer."""
-    monkeypatch.chdir(SCRIPT.parent)
-    exec(snippet("Use a policy"), names := {})
-    assert names["action"].shape == (3, 4) and names["routes"].shape == (3, 16, 2)
-    env = d2r.make_env("drawer-close-v3", names["args"], 1)
-    obs, info = env.reset()[0], {"success": 0}
-    while not info["success"]:
-        names["obs"][1] = torch.from_numpy(obs)
-        obs, _, _, truncated, info = env.step(names["agent"].act(names["obs"], deterministic=True)[0][1].numpy())
-        assert not truncated
-
-
-def test_change_the_environments(tmp_path, monkeypatch):
-    """README's example trains on pendulums: their bounds, the entropy for their one action, no success to report."""
-    for name in ("task_names", "make_env"):
-        monkeypatch.setattr(d2r, name, getattr(d2r, name))  # put back what the example replaces
-    options = TWO_TASKS.replace("5,10", "5,10,15").replace("--batch-size 16", "--batch-size 24")
-    options += f" --total-steps 600 --results-dir {tmp_path} --run-name run"
-    monkeypatch.setattr(sys, "argv", ["pendulum.py", *options.split()])
-    exec(snippet("Change it"), {"__name__": "__main__"})
-    obs, action, _, next_obs, *_ = replayed(tmp_path / "run", N=3)
-    assert obs.shape == (200, 3, 3) and action.shape == (200, 3, 1) and action.abs().max() <= 1
-    gravity, angle = torch.tensor([5.0, 10.0, 15.0]), torch.atan2(obs[..., 1], obs[..., 0])
-    velocity = (obs[..., 2] + (1.5 * gravity * angle.sin() + 6 * action[..., 0]) * 0.05).clamp(-8, 8)
-    close(next_obs[..., 2], velocity, 1e-4)  # torque in [-2, 2], mass 1, length 1, steps of 0.05 s
-    assert progress(tmp_path / "run")[-1]["success"] == "" and float(progress(tmp_path / "run")[-1]["return/15"]) < 0
-    assert d2r.Agent(3, 1, 3, small_agent()[0].args).target_entropy == -1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Tests of the scripts in this directory."""
+"""Tests of the scripts in this directory, and of README's examples."""
 
 import collections
 import csv
@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import signal
+import sys
 import types
 from pathlib import Path
 
@@ -23,7 +24,7 @@ import speed
 import torch
 
 import d2r_sac as d2r
-from test_d2r_sac import TINY, main
+from test_d2r_sac import SCRIPT, TINY, TWO_TASKS, close, main, progress, replayed, small_agent, snippet
 
 RESULTS = Path(__file__).parent
 
@@ -172,3 +173,42 @@ def test_the_kept_ablation_is_what_its_script_runs(tmp_path):
     shutil.copytree(RESULTS / "ablation", tmp_path / "kept", ignore=shutil.ignore_patterns("table.md"))
     assert ablation.main(["--jobs", "0", "--runs", str(tmp_path / "kept")]) == 0
     assert (tmp_path / "kept" / "table.md").read_text() in (RESULTS / "README.md").read_text()
+
+
+def test_use_it_elsewhere(capsys):
+    """README's example learns, with nothing but the block that it tells to paste, and torch."""
+    block, code = SCRIPT.read_text().split("# " + "=" * 118 + "\n")[1], snippet("Use it elsewhere")
+    assert code.count("# (paste here)\n") == 1
+    exec(code.replace("# (paste here)\n", block), names := {})
+    errors = [float(error) for error in re.findall(r"error ([0-9.]+)", capsys.readouterr().out)]
+    assert len(errors) == 2 and errors[1] < errors[0] / 5 and not {"gym", "np", "tyro", "Args"} & set(names)
+
+
+def test_use_a_policy(monkeypatch):
+    """README's example closes a drawer."""
+    monkeypatch.chdir(SCRIPT.parent)
+    exec(snippet("Use a policy"), names := {})
+    assert names["action"].shape == (3, 4) and names["routes"].shape == (3, 16, 2)
+    env = d2r.make_env("drawer-close-v3", names["args"], 1)
+    obs, info = env.reset()[0], {"success": 0}
+    while not info["success"]:
+        names["obs"][1] = torch.from_numpy(obs)
+        obs, _, _, truncated, info = env.step(names["agent"].act(names["obs"], deterministic=True)[0][1].numpy())
+        assert not truncated
+
+
+def test_change_the_environments(tmp_path, monkeypatch):
+    """README's example trains on pendulums: their bounds, the entropy for their one action, no success to report."""
+    for name in ("task_names", "make_env"):
+        monkeypatch.setattr(d2r, name, getattr(d2r, name))  # put back what the example replaces
+    options = TWO_TASKS.replace("5,10", "5,10,15").replace("--batch-size 16", "--batch-size 24")
+    options += f" --total-steps 600 --results-dir {tmp_path} --run-name run"
+    monkeypatch.setattr(sys, "argv", ["pendulum.py", *options.split()])
+    exec(snippet("Change it"), {"__name__": "__main__"})
+    obs, action, _, next_obs, *_ = replayed(tmp_path / "run", N=3)
+    assert obs.shape == (200, 3, 3) and action.shape == (200, 3, 1) and action.abs().max() <= 1
+    gravity, angle = torch.tensor([5.0, 10.0, 15.0]), torch.atan2(obs[..., 1], obs[..., 0])
+    velocity = (obs[..., 2] + (1.5 * gravity * angle.sin() + 6 * action[..., 0]) * 0.05).clamp(-8, 8)
+    close(next_obs[..., 2], velocity, 1e-4)  # torque in [-2, 2], mass 1, length 1, steps of 0.05 s
+    assert progress(tmp_path / "run")[-1]["success"] == "" and float(progress(tmp_path / "run")[-1]["return/15"]) < 0
+    assert d2r.Agent(3, 1, 3, small_agent()[0].args).target_entropy == -1
