@@ -13,7 +13,7 @@ Difficult: Multi-Task Deep Reinforcement Learning with Dynamic Depth Routing", A
     Top-K                the K sources with the largest logits z_ij of module i             top_k
     Sample-K             K draws without replacement from softmax_j(z_ij / temperature)     sample_k
     routing weights      w_ij = softmax of z_ij over the chosen sources j                   routing_weights
-    depth                number of modules that the chosen edges connect to the head        used_modules
+    depth                number of modules (not length of path) that lead to the head       used_modules
     routing granularity  the sources that a module may choose from                          allowed_sources
     base modules         f_i = relu(W_i x_i + b_i), o_i = f_i + x_i; o_0 = f_0(relu(h))     BaseModule, D2RNetwork
     wiring               x_i = sum_j w_ij o_j                                               MixSources
@@ -23,8 +23,8 @@ Difficult: Multi-Task Deep Reinforcement Learning with Dynamic Depth Routing", A
     route balancing      a task's temperature is its weight                                 Agent.temperature
 
     T  tasks
-    E  environments of each task; environment i of all E T runs task i % T
-    B  samples in a batch: first B / T of task 0, then B / T of task 1, and so on
+    E  environments of each task; of all E T, environment i runs task i % T
+    B  samples in a batch: unlike the environments task by task, first B / T of task 0, and so on
     M  base modules, numbered 0 ... M-1; the head counts as module M
     K  sources of a module
     H  width of a module
@@ -70,7 +70,7 @@ class Args:
     """Dynamic Depth Routing (D2R) with multi-task SAC. The defaults are the paper's."""
 
     env_id: str = "MT10"  # MT10, MT25, MT50, or Meta-World V3 tasks (reach-v3,drawer-close-v3)
-    goals: Literal["random", "fixed"] = "random"  # a new goal each episode, of 50; fixed: one goal
+    goals: Literal["random", "fixed"] = "random"  # one of 50 goals each episode; fixed: one goal
     episode_length: int = 200  # time limit of an episode, in steps; at most 500
     envs_per_task: int = 1  # E, environments of each task; scale batch_size with it (README)
     # Budgets count environment steps or transitions, summed over tasks, environments and ranks.
@@ -132,12 +132,14 @@ class Args:
                 setattr(self, name, default)
         self.run_dir = Path(self.results_dir, self.run_name)
         least = max(self.batch_size, self.envs_per_task * T * RANKS)
-        counts = (self.envs_per_task, self.batch_size, self.eval_every, self.log_every)
+        counts = (self.envs_per_task, self.batch_size, self.eval_every, self.eval_episodes, self.log_every)
         mistakes = {
             f"--run-name: {self.run_dir} exists": self.resume is None and self.run_dir.exists(),
-            "--envs-per-task, --batch-size, --eval-every, --log-every must be positive": min(counts) < 1,
-            "--episode-length must lie between 1 and 500": not 1 <= self.episode_length <= 500,
-            "--learning-starts must lie between 1 and --total-steps": not 1 <= self.learning_starts < self.total_steps,
+            "--envs-per-task, --batch-size, --eval-..., --log-every must be positive": min(counts) < 1,
+            "--episode-length must lie between 1 and 500": self.episode_length not in range(1, 501),
+            "--learning-starts must be positive and below --total-steps": (
+                self.learning_starts not in range(1, self.total_steps)
+            ),
             f"--batch-size must be a multiple of {T * RANKS}, tasks times ranks": self.batch_size % (T * RANKS) > 0,
             f"--buffer-size must be at least {least}, for a batch and a step": self.buffer_size < least,
         }
@@ -263,20 +265,20 @@ class MixSources(torch.autograd.Function):
         f_i    = module_i(read_i)
 
     Both sums have the same value, and w_ij always gets its gradient. But the actor's routes are replayed from an older
-    policy, and the critics' are sampled at a temperature, so the current router may find edge (i, j) unlikely. Then
-    module j should not learn from a sample that it would hardly see, and module i's gradient passes it by, through x_j
-    to the modules before it. The shortcut, which adds x_i to f_i, is never blocked.
+    policy, and the critics' are sampled at a temperature, so the current router may find edge (i, j) unlikely. Module j
+    should not learn what module i makes of a sample that it would hardly get: the gradient of read_i skips f_j and
+    reaches, through x_j, the modules before it. The shortcut, which adds x_i to f_i, is never blocked.
 
-    Plain autograd would copy all outputs at each module. Here they lie in one tensor o (S, H) of f_j + x_j, with a slot
-    for each module and sample, and the gradients are written by hand. With g_i the gradient of read_i, and s_i that of
-    x_i through the shortcut:
+    Plain autograd (`plain` in the tests) would copy all outputs at each module. Here they lie in one tensor o (S, H) of
+    f_j + x_j, with a slot for each module and sample, and the gradients are written by hand. x_i is used twice: module
+    i reads it (gradient g_i, of read_i), and it is added to f_i (gradient s_i).
 
         grad f_j = sum_i w_ij (kept_ij g_i + s_i)      s_j = sum_i w_ij (g_i + s_i)
 
-    These sums need a place, since o is written in place: the tape (S, 2, H). It is passed from mixing to mixing. Its
-    values mean nothing; its gradient, on the way back, collects grad f_j in [:, 0] and s_j in [:, 1]. It starts as
-    zeros: autograd makes them, since nobody reads the last tape. torch.func, vmap and second derivatives do not work
-    through this function."""
+    Autograd does not see the writes into o, so these sums have an accumulator of their own, the gradient of the tape (S,
+    2, H): grad f_j in [:, 0] and s_j in [:, 1]. The tape is passed from mixing to mixing; its values mean nothing. On
+    the way back its gradient starts as zeros, which autograd makes, since nobody reads the last tape. torch.func, vmap
+    and second derivatives do not work through this function."""
 
     @staticmethod
     def forward(ctx, tape, o, f, x, previous, w, w_fx, slots):
@@ -284,7 +286,7 @@ class MixSources(torch.autograd.Function):
         use. w, slots (B_i, K), w_fx (B_i, K, 2): w_ij kept_ij, the share of g_i for f_j, and w_ij, the share for x_j.
         Returns the tape and the sum (B_i, H) twice: read_i, on which module i may work in place, and x_i."""
         torch.add(f, x, out=o[previous])
-        ctx.o = o  # save_for_backward would object to later writes; they leave these slots alone
+        ctx.o = o  # not saved: later modules write into o, but into other slots
         ctx.previous = previous
         ctx.save_for_backward(w, w_fx, slots)
         if torch.compiler.is_compiling():  # it fuses this, but not embedding_bag
@@ -303,7 +305,7 @@ class MixSources(torch.autograd.Function):
         grad_fx.addcmul_(w[..., None, None], grad_shortcut[:, None, None])
         # In place: it changes only slots of modules before i, whose gradients nobody has read yet.
         grad_tape.index_add_(0, slots.flatten(), grad_fx.flatten(0, 1))
-        grad_f, grad_x = grad_tape[ctx.previous].unbind(1)  # complete: all who read it are done
+        grad_f, grad_x = grad_tape[ctx.previous].unbind(1)  # complete: all its readers are done
         return grad_tape, None, grad_f, grad_x, None, grad_w, None, None
 
 
@@ -358,12 +360,12 @@ class D2RNetwork(nn.Module):
         if self.resrouting and torch.is_grad_enabled():
             w_f = w * gradient_kept(logits).gather(-1, sources)
         w_fx = torch.stack([w_f, w], dim=-1).detach()
-        # The pairs (module j, sample b) are numbered j B + b. On a GPU each is computed, in the slot of that number.
+        # The pairs (module j, sample b) are numbered j B + b. On a GPU all are computed; a pair's slot is its number.
         pairs = sources * B + torch.arange(B, device=h.device)[:, None, None]
         slots = pairs
         computed = slice(None)  # of the pairs with modules 1 ... M
         counts = [B] * (M + 1)  # samples for which each module, and the head, is computed
-        if h.is_cpu and not torch.compiler.is_compiling():
+        if h.is_cpu and not torch.compiler.is_compiling():  # only the used pairs are computed, and numbered
             used = F.pad(used_modules(routes), (0, 1), value=True).T  # (M + 1, B)
             counts = used.sum(1).tolist()
             slots = (used.flatten().cumsum(0) - 1)[pairs]
@@ -371,7 +373,7 @@ class D2RNetwork(nn.Module):
         # From (B, M, ...) to a tensor for each of the modules 1 ... M, with a row for each sample that uses it.
         by_module = [t.transpose(0, 1).flatten(0, 1)[computed].split(counts[1:]) for t in (w, w_fx, slots)]
         readers = [*self.base_modules.module[1:], self.base_modules.head]
-        f = self.base_modules.module[0](F.relu(h))  # used by all
+        f = self.base_modules.module[0](F.relu(h))  # used by all: every path begins there
         x = torch.zeros_like(f)  # o_0 = f_0
         o = f.new_empty(sum(counts[:M]), f.shape[1])
         tape = f.new_empty(sum(counts[:M]), 2, f.shape[1])
@@ -436,7 +438,7 @@ class Agent(nn.Module):
 
     def task_weights(self):
         """T softmax(-log alpha), (T,): proportional to 1 / alpha, with mean 1. They scale the critic and actor losses,
-        whether or not routes are balanced. A mastered task weighs less: its policy has too little entropy, so alpha rises."""
+        whether or not routes are balanced. A mastered task weighs less: SAC raises alpha against its nearly deterministic policy."""
         return len(self.log_alpha) * (-self.log_alpha.detach()).softmax(0)
 
     def temperature(self):
@@ -449,7 +451,7 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def act(self, obs, deterministic=False):
-        """obs (E * T, obs_dim) -> actions (E * T, A), routes (E * T, M, K). Deterministic: tanh(mean) and Top-K."""
+        """obs (E * T, obs_dim), row i of task i % T -> actions (E * T, A), routes (E * T, M, K). Deterministic: tanh(mean) and Top-K."""
         task = self.task.repeat(len(obs) // len(self.task))
         temperature = None if deterministic else self.temperature()
         output, routes = self.actor(obs, task, temperature=temperature)
@@ -484,7 +486,7 @@ class Agent(nn.Module):
         """alpha log pi(a|s) - min_c Q_c(s, a), mean of each task, (T,), and log pi(a|s), (T, B / T). Routes: the actor's
         are replayed, weighted by the current logits; the critics' are Top-K."""
         action, log_prob = sample_action(self.actor(obs, task, routes=routes)[0])
-        # This loss does not train the critics, it only passes through them. Parameters that you froze stay frozen.
+        # The gradient passes through the critics, but does not train them. Parameters that you froze stay frozen.
         trained = [p for p in self.critics.parameters() if p.requires_grad]
         for p in trained:
             p.requires_grad_(False)
@@ -511,7 +513,8 @@ class Agent(nn.Module):
         total = sum(losses.values())
         left_out = total > self.args.max_task_loss
         loss = torch.where(left_out, 0.0, total).mean()
-        # One backward pass serves the three losses: no two of them train the same parameter.
+        # One backward pass serves the three losses: no two of them train the same parameter. A new parameter of yours
+        # belongs into a group of the optimizer.
         self.optimizer.zero_grad()
         loss.backward()
         if torch.distributed.is_initialized():  # torchrun
@@ -616,11 +619,12 @@ def make_envs(args, seed):
 
 
 def check_finite(tasks, **arrays):
-    """Raises FloatingPointError, with the task's name, if a row of an array (E * T, ...) is nan or infinite."""
+    """Raises FloatingPointError, with the tasks' names, if rows of an array (E * T, ...) are nan or infinite."""
     for name, array in arrays.items():
         rows = torch.as_tensor(array, dtype=torch.float32).view(len(array), -1)
-        for i in (~rows.isfinite().all(1)).nonzero():
-            raise FloatingPointError(f"the {name} of {tasks[i % len(tasks)]} is not finite")
+        bad = {tasks[i % len(tasks)]: None for i in (~rows.isfinite().all(1)).nonzero()}
+        if bad:
+            raise FloatingPointError(f"the {name} of {', '.join(bad)} is not finite")
 
 
 class CUDAGraph:
@@ -820,7 +824,7 @@ def start_run(args, agent, replay, path, global_step):
 
 def write_row(args, tensorboard, row, metrics):
     """Append a row to progress.csv, and to TensorBoard: of each metric, (T,), the mean and the tasks' values. nan is
-    left blank; a column that the file has not had from its start is ignored."""
+    left blank; the file keeps the columns that it was created with."""
     for name, values in metrics.items():
         values = torch.as_tensor(values).expand(len(args.tasks)).tolist()
         row[name] = np.mean(values)
@@ -836,6 +840,7 @@ def write_row(args, tensorboard, row, metrics):
     if tensorboard:
         for name, value in known.items():
             tensorboard.add_scalar(name, value, row["global_step"])
+        tensorboard.flush()
     left = timedelta(seconds=max(args.total_steps - row["global_step"], 0) // row["steps_per_second"])
     text = "step {global_step:,}, {steps_per_second:,.1f} steps/s, {left} left, train_success {train_success:.2f}"
     print(text.format(left=left, **row), flush=True)
@@ -888,7 +893,7 @@ def parse_arguments(argv=None):
     old = Args.__new__(Args)  # without __post_init__; what it lacks has its default
     vars(old).update(saved["args"], device=Args.device, resume=None, evaluate=None)
     vars(old).update(results_dir=str(path.parent.parent), run_name=path.parent.name)
-    fixed = ["env_id", "top_k"]
+    fixed = ["env_id", "num_modules", "top_k", "routing", "parallel_modules"]
     if evaluate is None:
         fixed += ["goals", "seed", "envs_per_task", "results_dir", "run_name"]
     else:
@@ -896,7 +901,7 @@ def parse_arguments(argv=None):
     args = tyro.cli(Args, args=argv, default=old)
     changed = [name for name in fixed if getattr(args, name) != getattr(old, name)]
     if changed or len(saved.get("replays", [0])) != RANKS:
-        sys.exit(f"error: {path} was made with another {', '.join(changed) or 'number of ranks'}")
+        sys.exit(f"error: {path} was made with a different {', '.join(changed) or 'number of ranks'}")
     return args, path, saved.get("progress", start)
 
 
@@ -911,7 +916,7 @@ def main(argv=None):
         stop.append(number)
         signal.signal(number, signal.SIG_DFL)
         if not multiprocessing.current_process().daemon:  # workers inherit this, and continue
-            print("ending with a checkpoint; once more ends at once", flush=True)
+            os.write(2, b"ending with a checkpoint; once more ends at once\n")
 
     try:
         args, path, progress = parse_arguments(argv)

@@ -758,17 +758,17 @@ def test_resume(tmp_path, pendulums, monkeypatch, capsys):
     assert (run_dir / "args.json").read_text() == facts
     assert json.loads((run_dir / "args-240.json").read_text())["args"]["total_steps"] == 300
     capsys.readouterr()
-    for option in ("--top-k 1", "--env-id 10,5", "--goals fixed", "--seed 2", "--envs-per-task 2", "--run-name b"):
-        assert main(*resume, *option.split()) == 1
-        name = option.split()[0][2:].replace("-", "_")
-        assert capsys.readouterr().err == f"error: {run_dir}/checkpoint.pt was made with another {name}\n"
+    for change in "top-k=1 env-id=10,5 goals=fixed seed=2 envs-per-task=2 run-name=b routing=layer".split():
+        assert main(*resume, f"--{change}") == 1
+        name = change.split("=")[0].replace("-", "_")
+        assert capsys.readouterr().err == f"error: {run_dir}/checkpoint.pt was made with a different {name}\n"
     assert main("--evaluate", run_dir, "--env-id", "10,5") == 1
     assert main("--evaluate", run_dir, "--seed", "2", "--goals", "fixed") == 0
     assert main(*resume, "--batch-size", "15") == main(*resume, "--buffer-size", "5") == 2
     capsys.readouterr()
     with monkeypatch.context() as patch:
         patch.setattr(d2r, "RANKS", 2)
-        assert main(*resume) == 1 and "was made with another number of ranks\n" in capsys.readouterr().err
+        assert main(*resume) == 1 and "was made with a different number of ranks\n" in capsys.readouterr().err
     assert run(tmp_path, options) == 2 and "exists" in capsys.readouterr().err
 
 
@@ -988,7 +988,7 @@ def test_what_is_not_finite_stops_the_run(tmp_path, pendulums, monkeypatch, caps
     monkeypatch.setattr(d2r, "make_env", make)
     minutes = 10 if what == "action" else 1e-7  # a checkpoint in every step sees weights before the next action does
     assert run(tmp_path, f"{TWO_TASKS} --total-steps 400 --checkpoint-minutes {minutes}") == 1
-    message = {"weights": "weights are", "action": "action of 5 is"}.get(what, f"{what.split()[-1]} of 10 is")
+    message = {"weights": "weights are", "action": "action of 5, 10 is"}.get(what, f"{what.split()[-1]} of 10 is")
     assert capsys.readouterr().err == f"error: the {message} not finite\n"
     if what != "action":
         kept = checkpoint(tmp_path / "run")
@@ -1018,10 +1018,10 @@ MISTAKES = f"""
 --env-id reach-v3,push-v3,reach-v3: 'reach-v3' is named twice
 --batch-size 1281: --batch-size must be a multiple of 10, tasks times ranks
 --buffer-size 100: --buffer-size must be at least 1280, for a batch and a step
---log-every 0: --envs-per-task, --batch-size, --eval-every, --log-every must be positive
+--log-every 0: --log-every must be positive
 --episode-length 501: --episode-length must lie between 1 and 500
 --learning-rate nan: Invalid learning rate: nan
---learning-starts 0: --learning-starts must lie between 1 and --total-steps
+--learning-starts 0: --learning-starts must be positive and below --total-steps
 --top-k 17: top_k, 17, must lie between 0 and num_modules, 16
 --resume no/such/run: error: [Errno 2] No such file or directory: 'no/such/run'
 --resume {RESULTS}/three-tasks: three-tasks/checkpoint.pt'
