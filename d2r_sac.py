@@ -73,11 +73,11 @@ class Args:
     goals: Literal["random", "fixed"] = "random"  # one of 50 goals each episode; fixed: one goal
     episode_length: int = 200  # time limit of an episode, in steps; at most 500
     envs_per_task: int = 1  # E, environments of each task; scale batch_size with it (README)
-    # Budgets count environment steps or transitions, summed over tasks, environments and ranks.
+    # Budgets are summed over tasks, environments and ranks. In parentheses: the defaults, where None stands.
     total_steps: int | None = None  # environment steps (MT10 15_000_000, MT50 50M, else 1.5M a task)
     buffer_size: int | None = None  # transitions, in whole steps (MT10 1M, MT50 10M, else 0.1M a task)
     batch_size: int | None = None  # samples of an update, equally many of each task (128 each)
-    learning_starts: int | None = None  # steps before updates (4,000 a task, or a 10th of a short run)
+    learning_starts: int | None = None  # steps before updates (4,000 a task, at most a 10th of the run)
     eval_every: int | None = None  # steps between evaluations (a 100th of the run, or more)
     eval_episodes: int = 32  # episodes of each task in an evaluation
     # Networks and routing
@@ -323,8 +323,8 @@ class BaseModule(nn.Linear):
 
 class D2RNetwork(nn.Module):
     """A routing network and its base modules: an actor (output: mean and log std), a critic (output: Q), or any other.
-    args: Args, or any object with its attributes from num_modules to resrouting. make_module(width_in, width_out):
-    instead of BaseModule."""
+    args: any object with num_modules, top_k, module_width, encoder_widths, router_widths, routing, parallel_modules and
+    resrouting, as in Args. make_module(width_in, width_out): instead of BaseModule."""
 
     def __init__(self, input_dim, output_dim, num_tasks, args, make_module=None):
         super().__init__()
@@ -415,7 +415,8 @@ def sample_action(output):
 
 class Agent(nn.Module):
     """Actor, critics, target critics, log alpha and their optimizer. Each network has a routing network of its own.
-    args: Args, or any object with its attributes from num_modules to max_grad_norm. make_module: as in D2RNetwork.
+    args: Args, or any object with what D2RNetwork needs, route_balancing, sample_k, and the options of Args that follow
+    under soft actor-critic. make_module: as in D2RNetwork.
 
     On a GPU, train captures act and update as CUDA graphs. What you add to them must be tensor operations: no .item(),
     no branches on values, no random numbers of Python or NumPy, which would all be frozen at their first value."""
@@ -692,8 +693,9 @@ def train(args, envs, path, progress, stop):
     T = len(args.tasks)
     cuda = args.device == "cuda"
     if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         torch.set_float32_matmul_precision("high")
+    if cuda and RANKS > 1:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if RANKS > 1:
         torch.distributed.init_process_group()
     seed = args.seed + 10_000 * RANK + global_step  # after a resume other goals and noise

@@ -758,7 +758,7 @@ def test_resume(tmp_path, pendulums, monkeypatch, capsys):
     assert (run_dir / "args.json").read_text() == facts
     assert json.loads((run_dir / "args-240.json").read_text())["args"]["total_steps"] == 300
     capsys.readouterr()
-    for change in "top-k=1 env-id=10,5 goals=fixed seed=2 envs-per-task=2 run-name=b routing=layer".split():
+    for change in ["top-k=1", "env-id=10,5", "goals=fixed", "seed=2", "envs-per-task=2", "run-name=b", "routing=layer"]:
         assert main(*resume, f"--{change}") == 1
         name = change.split("=")[0].replace("-", "_")
         assert capsys.readouterr().err == f"error: {run_dir}/checkpoint.pt was made with a different {name}\n"
