@@ -29,9 +29,9 @@ Difficult: Multi-Task Deep Reinforcement Learning with Dynamic Depth Routing", A
     K  sources of a module
     H  width of a module
 
-Logits (B, M, M) and routes (B, M, K) have a row for each of the modules 1 ... M: row r belongs to module r + 1. Forbidden
-edges have logit -inf. `# NOTE:` marks where the paper, the authors' code and this file differ, or where the code
-settles what the paper leaves open.
+Logits (B, M, M) and routes (B, M, K) have a row for each of the modules 1 ... M: row r belongs to module r + 1.
+Forbidden edges have logit -inf. `# NOTE:` marks where the paper, the authors' code and this file differ, or where the
+code settles what the paper leaves open.
 """
 
 import copy
@@ -136,6 +136,7 @@ class Args:
         mistakes = {
             f"--run-name: {self.run_dir} exists": self.resume is None and self.run_dir.exists(),
             "--envs-per-task, --batch-size, --eval-..., --log-every must be positive": min(counts) < 1,
+            "--initial-alpha must be positive, and at most 1": not 0 < self.initial_alpha <= 1,
             "--episode-length must lie between 1 and 500": self.episode_length not in range(1, 501),
             "--learning-starts must be positive and below --total-steps": (
                 self.learning_starts not in range(1, self.total_steps)
@@ -218,7 +219,7 @@ def routing_weights(logits, routes):
 
 
 def gradient_kept(logits):
-    """ResRouting: true for the edges that the current router finds likely, p_ij > 1 / (J_i + 1). (B, M, M) -> (B, M, M).
+    """ResRouting: true for edges that the current router finds likely, p_ij > 1 / (J_i + 1). (B, M, M) -> (B, M, M).
     p_i is the softmax of module i's logits, at temperature 1, over the J_i sources that it may choose from. The
     threshold is just under the uniform 1 / J_i, so an untrained router, which is nearly uniform, keeps most edges."""
     num_sources = (logits[:1] > -torch.inf).sum(-1, keepdim=True, dtype=logits.dtype)  # J_i
@@ -275,10 +276,10 @@ class MixSources(torch.autograd.Function):
 
         grad f_j = sum_i w_ij (kept_ij g_i + s_i)      s_j = sum_i w_ij (g_i + s_i)
 
-    Autograd does not see the writes into o, so these sums have an accumulator of their own, the gradient of the tape (S,
-    2, H): grad f_j in [:, 0] and s_j in [:, 1]. The tape is passed from mixing to mixing; its values mean nothing. On
-    the way back its gradient starts as zeros, which autograd makes, since nobody reads the last tape. torch.func, vmap
-    and second derivatives do not work through this function."""
+    Autograd does not see the writes into o, so these sums need an accumulator. It is the gradient of a tensor whose
+    values mean nothing, the tape (S, 2, H), which is passed from mixing to mixing: on the way back its gradient
+    collects grad f_j in [:, 0] and s_j in [:, 1]. It starts as zeros, which autograd makes, since nobody reads the last
+    tape. torch.func, vmap and second derivatives do not work through this function."""
 
     @staticmethod
     def forward(ctx, tape, o, f, x, previous, w, w_fx, slots):
@@ -439,7 +440,8 @@ class Agent(nn.Module):
 
     def task_weights(self):
         """T softmax(-log alpha), (T,): proportional to 1 / alpha, with mean 1. They scale the critic and actor losses,
-        whether or not routes are balanced. A mastered task weighs less: SAC raises alpha against its nearly deterministic policy."""
+        whether or not routes are balanced. A mastered task weighs less: its policy is nearly deterministic, and an
+        entropy below the target raises alpha."""
         return len(self.log_alpha) * (-self.log_alpha.detach()).softmax(0)
 
     def temperature(self):
@@ -452,7 +454,8 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def act(self, obs, deterministic=False):
-        """obs (E * T, obs_dim), row i of task i % T -> actions (E * T, A), routes (E * T, M, K). Deterministic: tanh(mean) and Top-K."""
+        """obs (E * T, obs_dim), row i of task i % T -> actions (E * T, A), routes (E * T, M, K). Deterministic:
+        tanh(mean) and Top-K."""
         task = self.task.repeat(len(obs) // len(self.task))
         temperature = None if deterministic else self.temperature()
         output, routes = self.actor(obs, task, temperature=temperature)
@@ -484,8 +487,8 @@ class Agent(nn.Module):
         return ((q - target) ** 2).mean(-1).sum(0)
 
     def actor_loss(self, obs, routes, task):
-        """alpha log pi(a|s) - min_c Q_c(s, a), mean of each task, (T,), and log pi(a|s), (T, B / T). Routes: the actor's
-        are replayed, weighted by the current logits; the critics' are Top-K."""
+        """alpha log pi(a|s) - min_c Q_c(s, a), mean of each task, (T,), and log pi(a|s), (T, B / T). Routes: the
+        actor's are replayed, weighted by the current logits; the critics' are Top-K."""
         action, log_prob = sample_action(self.actor(obs, task, routes=routes)[0])
         # The gradient passes through the critics, but does not train them. Parameters that you froze stay frozen.
         trained = [p for p in self.critics.parameters() if p.requires_grad]
@@ -733,7 +736,7 @@ def train(args, envs, path, progress, stop):
         action, routes = act(torch.as_tensor(obs, dtype=torch.float32).to(args.device, non_blocking=True))
         action = action.to("cpu", non_blocking=True)
         learning = global_step >= args.learning_starts
-        if cuda:  # queue the update behind acting, then wait for the action
+        if cuda:  # queue the update (Learn) behind acting, then wait for the action
             acted = torch.cuda.current_stream().record_event()
             losses = update(*replay.sample(n)) if learning else losses
             acted.synchronize()
@@ -806,6 +809,10 @@ def start_run(args, agent, replay, path, global_step):
         log = saved["log"]
     if RANK > 0:
         return None
+    if args.track:
+        import wandb
+
+        wandb.init(id=args.run_name, resume="allow", config=asdict(args), sync_tensorboard=True)
     args.run_dir.mkdir(parents=True, exist_ok=args.resume is not None)
     versions = {name: version(name) for name in ("torch", "numpy", "metaworld", "mujoco", "gymnasium")}
     facts = json.dumps({"args": asdict(args), "tasks": args.tasks, "versions": versions}, indent=2)
@@ -813,10 +820,6 @@ def start_run(args, agent, replay, path, global_step):
     (args.run_dir / name).write_text(facts)
     (args.run_dir / "progress.csv").write_text(log)
     print(f"{args.run_dir}: updates begin at step {args.learning_starts:,}", flush=True)
-    if args.track:
-        import wandb
-
-        wandb.init(id=args.run_name, resume="allow", config=asdict(args), sync_tensorboard=True)
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -872,7 +875,7 @@ def save_run(args, agent, replay, progress):
         try:
             torch.save(content, unfinished)
         except RuntimeError as error:  # a full disk
-            unfinished.unlink()
+            unfinished.unlink(missing_ok=True)
             raise OSError(f"{unfinished} cannot be written: {error}") from error
         unfinished.replace(args.run_dir / name)  # if killed before, the last whole file stays
 
@@ -884,6 +887,7 @@ def parse_arguments(argv=None):
     def source(resume: str | None = None, evaluate: str | None = None):
         return resume, evaluate
 
+    # The first pass finds the run, the second has its options as defaults.
     (resume, evaluate), _ = tyro.cli(source, args=argv, return_unknown_args=True, add_help=False)
     start = (0, 0, 0.0, False)
     if resume is None and evaluate is None:
@@ -895,7 +899,8 @@ def parse_arguments(argv=None):
     old = Args.__new__(Args)  # without __post_init__; what it lacks has its default
     vars(old).update(saved["args"], device=Args.device, resume=None, evaluate=None)
     vars(old).update(results_dir=str(path.parent.parent), run_name=path.parent.name)
-    fixed = ["env_id", "num_modules", "top_k", "routing", "parallel_modules"]
+    fixed = ["env_id", "num_modules", "top_k", "routing", "parallel_modules", "module_width"]
+    fixed += ["encoder_widths", "router_widths"]
     if evaluate is None:
         fixed += ["goals", "seed", "envs_per_task", "results_dir", "run_name"]
     else:

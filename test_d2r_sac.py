@@ -758,7 +758,8 @@ def test_resume(tmp_path, pendulums, monkeypatch, capsys):
     assert (run_dir / "args.json").read_text() == facts
     assert json.loads((run_dir / "args-240.json").read_text())["args"]["total_steps"] == 300
     capsys.readouterr()
-    for change in ["top-k=1", "env-id=10,5", "goals=fixed", "seed=2", "envs-per-task=2", "run-name=b", "routing=layer"]:
+    changes = ["top-k=1", "env-id=10,5", "goals=fixed", "seed=2", "envs-per-task=2", "run-name=b", "module-width=8"]
+    for change in changes:
         assert main(*resume, f"--{change}") == 1
         name = change.split("=")[0].replace("-", "_")
         assert capsys.readouterr().err == f"error: {run_dir}/checkpoint.pt was made with a different {name}\n"
@@ -1020,7 +1021,7 @@ MISTAKES = f"""
 --buffer-size 100: --buffer-size must be at least 1280, for a batch and a step
 --log-every 0: --log-every must be positive
 --episode-length 501: --episode-length must lie between 1 and 500
---learning-rate nan: Invalid learning rate: nan
+--initial-alpha 0: --initial-alpha must be positive, and at most 1
 --learning-starts 0: --learning-starts must be positive and below --total-steps
 --top-k 17: top_k, 17, must lie between 0 and num_modules, 16
 --resume no/such/run: error: [Errno 2] No such file or directory: 'no/such/run'
