@@ -1026,7 +1026,6 @@ MISTAKES = f"""
 --top-k 17: top_k, 17, must lie between 0 and num_modules, 16
 --resume no/such/run: error: [Errno 2] No such file or directory: 'no/such/run'
 --resume {RESULTS}/three-tasks: three-tasks/checkpoint.pt'
---resume=: No such file or directory: 'checkpoint.pt'
 """
 
 
