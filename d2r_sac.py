@@ -135,7 +135,7 @@ class Args:
         counts = (self.envs_per_task, self.batch_size, self.eval_every, self.eval_episodes, self.log_every)
         mistakes = {
             f"--run-name: {self.run_dir} exists": self.resume is None and self.run_dir.exists(),
-            "--envs-per-task, --batch-size, --eval-..., --log-every must be positive": min(counts) < 1,
+            "--envs-per-task, --batch-size, --eval-every, --eval-episodes, --log-every: at least 1": min(counts) < 1,
             "--initial-alpha must be positive, and at most 1": not 0 < self.initial_alpha <= 1,
             "--episode-length must lie between 1 and 500": self.episode_length not in range(1, 501),
             "--learning-starts must be positive and below --total-steps": (
@@ -579,7 +579,7 @@ def task_names(env_id):
     known = metaworld.env_dict.ALL_V3_ENVIRONMENTS
     for task in tasks:
         if task not in known:
-            raise ValueError(f"--env-id: {task!r} is none of {', '.join(known)}")
+            raise ValueError(f"--env-id: {task!r} is none of MT10, MT25, MT50, {', '.join(known)}")
         if tasks.count(task) > 1:
             raise ValueError(f"--env-id: {task!r} is named twice")
     return tasks
@@ -689,7 +689,7 @@ def evaluate(args, agent, envs, stop):
 
 
 # ------------------------------------------------------------------------------------------------------- training loop
-def train(args, envs, path, progress, stop):
+def train(args, envs, path, progress, seed, stop):
     """Train until --total-steps or a signal in `stop`, and end with a checkpoint; with --evaluate only evaluate.
     path, progress: as from parse_arguments."""
     global_step, updates, seconds, eval_due = progress
@@ -700,8 +700,7 @@ def train(args, envs, path, progress, stop):
     if cuda and RANKS > 1:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if RANKS > 1:
-        torch.distributed.init_process_group()
-    seed = args.seed + 10_000 * RANK + global_step  # after a resume other goals and noise
+        torch.distributed.init_process_group(timeout=timedelta(days=1))  # the others wait while rank 0 evaluates
     obs, _ = envs.reset(seed=seed)
     sizes = (obs.shape[1], envs.action_space.shape[1])  # of an observation and an action
     torch.manual_seed(args.seed)  # all ranks start with the same weights
@@ -933,8 +932,9 @@ def main(argv=None):
             handlers = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
         if RANK == 0:
             print(f"starting {args.envs_per_task * len(args.tasks)} environments", flush=True)
-        envs = make_envs(args, args.seed + 10_000 * RANK + progress[0])  # before CUDA starts
-        train(args, envs, path, progress, stop)
+        seed = args.seed + 10_000 * RANK + progress[0]  # after a resume other goals and noise
+        envs = make_envs(args, seed)  # before CUDA starts
+        train(args, envs, path, progress, seed, stop)
     except (EOFError, ConnectionError) as error:
         sys.exit(f"error: a pipe broke, as when an environment's process dies: {error!r}")
     except (FloatingPointError, MemoryError, OSError) as error:

@@ -1015,11 +1015,11 @@ def test_a_full_disk_leaves_the_last_files_whole(tmp_path, pendulums, capsys):
 
 
 MISTAKES = f"""
---env-id MT11: 'MT11' is none of assembly-v3, 
+--env-id MT11: 'MT11' is none of MT10, MT25, MT50, assembly-v3, 
 --env-id reach-v3,push-v3,reach-v3: 'reach-v3' is named twice
 --batch-size 1281: --batch-size must be a multiple of 10, tasks times ranks
 --buffer-size 100: --buffer-size must be at least 1280, for a batch and a step
---log-every 0: --log-every must be positive
+--log-every 0: --log-every: at least 1
 --episode-length 501: --episode-length must lie between 1 and 500
 --initial-alpha 0: --initial-alpha must be positive, and at most 1
 --learning-starts 0: --learning-starts must be positive and below --total-steps

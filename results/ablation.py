@@ -12,7 +12,6 @@ import argparse
 import csv
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -58,8 +57,6 @@ def train(run: Path, options: str) -> bool:
     options = [*f"{ARGUMENTS} {options} --run-name {run.name}".split(), "--results-dir", str(run.parent)]
     if (run / "checkpoint.pt").exists():
         options = ["--resume", str(run)]
-    elif run.exists():  # it was killed before its first checkpoint
-        shutil.rmtree(run)
     with open(f"{run}.log", "a") as log:
         command = [sys.executable, SCRIPT, *options]
         process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
