@@ -48,7 +48,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -70,77 +70,77 @@ class Args:
     """Dynamic Depth Routing (D2R) with multi-task SAC. The defaults are the paper's."""
 
     env_id: str = "MT10"  # MT10, MT25, MT50, or Meta-World V3 tasks (reach-v3,drawer-close-v3)
-    goals: Literal["random", "fixed"] = "random"  # one of 50 goals each episode; fixed: one goal
-    episode_length: int = 200  # time limit of an episode, in steps; at most 500
-    envs_per_task: int = 1  # E, environments of each task; scale batch_size with it (README)
-    # Budgets are summed over tasks, environments and ranks. In parentheses: the defaults, where None stands.
-    total_steps: int | None = None  # environment steps (MT10 15_000_000, MT50 50M, else 1.5M a task)
-    buffer_size: int | None = None  # transitions, in whole steps (MT10 1M, MT50 10M, else 0.1M a task)
-    batch_size: int | None = None  # samples of an update, equally many of each task (128 each)
-    learning_starts: int | None = None  # steps before updates (4,000 a task, at most a 10th of the run)
-    eval_every: int | None = None  # steps between evaluations (a 100th of the run, or more)
+    goals: Literal["random", "fixed"] = "random"  # one of 50 for each episode, or always the same
+    episode_length: int = 200  # time limit of an episode, at most 500 steps
+    envs_per_task: int = 1  # environments of each task (E); on a GPU scale batch_size with it
+    # Budgets are summed over tasks, environments and ranks.
+    total_steps: int | None = None  # environment steps; None: 15_000_000, MT50 50M, else 1.5M per task
+    buffer_size: int | None = None  # transitions; None: 1M, MT50 10M, else 100k per task
+    batch_size: int | None = None  # samples of an update, as many of each task; None: 128 each
+    learning_starts: int | None = None  # steps before updates; None: 4,000 per task, or a tenth
+    eval_every: int | None = None  # steps between evaluations; None: a hundredth of the run, or more
     eval_episodes: int = 32  # episodes of each task in an evaluation
     # Networks and routing
-    num_modules: int = 16  # M, base modules of a network
-    top_k: int = 2  # K, sources of a module; 0: all that it may choose (soft routing)
-    routing: Literal["module", "layer", "model"] = "module"  # granularity; see allowed_sources
-    parallel_modules: int = 4  # P, width of a layer, or number of chains; for layer or model
-    module_width: int = 128  # H, width of a base module
-    encoder_widths: tuple[int, ...] = (400, 400)  # of the state encoder; the task encoder's is the last
+    num_modules: int = 16  # base modules of a network (M)
+    top_k: int = 2  # sources of a module (K); 0: all that it may choose (soft routing)
+    routing: Literal["module", "layer", "model"] = "module"  # what a module may choose from (README)
+    parallel_modules: int = 4  # modules in a layer, or number of chains (P), for layer and model
+    module_width: int = 128  # width of a base module (H)
+    encoder_widths: tuple[int, ...] = (400, 400)  # layers of the state encoder; the last is that of task encoder, too
     router_widths: tuple[int, ...] = (256, 256)  # hidden layers of the router
     resrouting: bool = True  # ResRouting; without it gradients reach all chosen modules
-    route_balancing: bool = True  # without it every task samples routes at temperature 1
-    sample_k: bool = True  # in acting and the critics' regression; without it Top-K
+    route_balancing: bool = True  # a temperature for each task; without it all have temperature 1
+    sample_k: bool = True  # sample routes in acting and the critics' regression; else Top-K
     # Soft actor-critic
     gamma: float = 0.99  # discount factor
     tau: float = 0.005  # rate of the target critics' Polyak averaging
-    learning_rate: float = 3e-4  # of Adam, for the actor and the critics
-    alpha_learning_rate: float = 1e-4  # of Adam, for each task's log alpha
-    initial_alpha: float = 1.0  # entropy coefficient of every task at the start; at most 1
-    target_entropy: float | None = None  # in nats (minus the size of an action)
+    learning_rate: float = 3e-4  # learning rate of the actor and the critics
+    alpha_learning_rate: float = 1e-4  # learning rate of each task's log alpha
+    initial_alpha: float = 1.0  # entropy coefficient of every task at the start, at most 1
+    target_entropy: float | None = None  # in nats; None: minus the size of an action
     reward_scale: float = 0.1  # factor on the environments' rewards
     max_task_loss: float = 3e3  # a task whose losses sum to more is skipped in the update
-    max_grad_norm: float = 1.0  # of the actor, each critic and log alpha, clipped separately
+    max_grad_norm: float = 1.0  # limit of gradients: of the actor, each critic, and log alpha
     # The run
-    seed: int = 1  # for the networks, the sampling and the goals
+    seed: int = 1  # of the networks, the sampling and the goals
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
-    compile: bool = False  # torch.compile the networks, on CUDA
+    compile: bool = False  # torch.compile the networks; only on CUDA
     results_dir: str = "results"  # directory of the run directories
-    run_name: str | None = None  # name of the run's directory (benchmark, goals, seed and time)
-    resume: str | None = None  # a run's directory: continue it; options override its own
-    evaluate: str | None = None  # a run's directory, or an actor.pt: only evaluate
+    run_name: str | None = None  # name of the run's directory; None: such as MT10-random-seed1
+    resume: str | None = None  # a run's directory: continue it; options given override its own
+    evaluate: str | None = None  # a run's directory, or an actor.pt: only evaluate its policy
     log_every: int = 10_000  # environment steps between rows of progress.csv
-    checkpoint_minutes: float = 10.0  # between checkpoints; one comes at the end or after a signal
-    track: bool = False  # send TensorBoard's data to Weights & Biases, too (pip install wandb)
+    checkpoint_minutes: float = 10.0  # minutes between checkpoints; one is written at the end, too
+    track: bool = False  # send TensorBoard's data to Weights & Biases (pip install wandb)
 
     def __post_init__(self):
         """Fill in what depends on the tasks. ValueError: an option that would fail late, or silently."""
         self.tasks = task_names(self.env_id)
         T = len(self.tasks)
-        mt50 = self.env_id == "MT50"
         if self.total_steps is None:
-            self.total_steps = (1_000_000 if mt50 else 1_500_000) * T
+            self.total_steps = (1_000_000 if self.env_id == "MT50" else 1_500_000) * T
+        benchmark = f"{T}-tasks" if "," in self.env_id else self.env_id
+        name = f"{benchmark}-{self.goals}-seed{self.seed}"
+        names = (name if n == 1 else f"{name}-{n}" for n in count(1))
         defaults = {
-            "buffer_size": (200_000 if mt50 else 100_000) * T,
+            "buffer_size": (200_000 if self.env_id == "MT50" else 100_000) * T,
             "batch_size": 128 * T,
             "learning_starts": min(4_000 * T, self.total_steps // 10),
             "eval_every": max(self.total_steps // 100, self.eval_episodes * self.episode_length * T),
-            "run_name": f"{self.env_id[:99]}-{self.goals}-seed{self.seed}-{int(time.time())}",
+            "run_name": next(name for name in names if not Path(self.results_dir, name).exists()),
         }
         for name, default in defaults.items():
             if getattr(self, name) is None:
                 setattr(self, name, default)
         self.run_dir = Path(self.results_dir, self.run_name)
-        least = max(self.batch_size, self.envs_per_task * T * RANKS)
         counts = (self.envs_per_task, self.batch_size, self.eval_every, self.eval_episodes, self.log_every)
+        least = max(self.batch_size, self.envs_per_task * T * RANKS)
         mistakes = {
             f"--run-name: {self.run_dir} exists": self.resume is None and self.run_dir.exists(),
             "--envs-per-task, --batch-size, --eval-every, --eval-episodes, --log-every: at least 1": min(counts) < 1,
             "--initial-alpha must be positive, and at most 1": not 0 < self.initial_alpha <= 1,
             "--episode-length must lie between 1 and 500": self.episode_length not in range(1, 501),
-            "--learning-starts must be positive and below --total-steps": (
-                self.learning_starts not in range(1, self.total_steps)
-            ),
+            "--learning-starts must lie in [1, --total-steps)": self.learning_starts not in range(1, self.total_steps),
             f"--batch-size must be a multiple of {T * RANKS}, tasks times ranks": self.batch_size % (T * RANKS) > 0,
             f"--buffer-size must be at least {least}, for a batch and a step": self.buffer_size < least,
         }
@@ -702,17 +702,17 @@ def train(args, envs, path, progress, seed, stop):
     if RANKS > 1:
         torch.distributed.init_process_group(timeout=timedelta(days=1))  # the others wait while rank 0 evaluates
     obs, _ = envs.reset(seed=seed)
+    if args.evaluate:
+        agent, _ = load_policy(path, args.device)
+        evaluate(args, agent, envs, stop)
+        return
+
     sizes = (obs.shape[1], envs.action_space.shape[1])  # of an observation and an action
     torch.manual_seed(args.seed)  # all ranks start with the same weights
     agent = Agent(*sizes, T, args, args.device)
     if args.compile and cuda:  # on a CPU it gains nothing
         for network in (agent.actor, *agent.critics, *agent.target_critics):
             network.compile(dynamic=False, options={"fallback_random": True})
-    if args.evaluate:
-        agent.actor.load_state_dict(torch.load(path, map_location="cpu")["actor"])
-        evaluate(args, agent, envs, stop)
-        return
-
     stride = len(obs) * RANKS  # environment steps per iteration
     capacity = args.buffer_size // stride * len(obs)
     try:
@@ -818,7 +818,9 @@ def start_run(args, agent, replay, path, global_step):
     name = f"args-{global_step}.json" if args.resume else "args.json"
     (args.run_dir / name).write_text(facts)
     (args.run_dir / "progress.csv").write_text(log)
-    print(f"{args.run_dir}: updates begin at step {args.learning_starts:,}", flush=True)
+    print(f"{args.run_dir}, from step {global_step:,}", flush=True)
+    if global_step < args.learning_starts:
+        print(f"collecting, updates begin at step {args.learning_starts:,}", flush=True)
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -845,9 +847,11 @@ def write_row(args, tensorboard, row, metrics):
         for name, value in known.items():
             tensorboard.add_scalar(name, value, row["global_step"])
         tensorboard.flush()
-    left = timedelta(seconds=max(args.total_steps - row["global_step"], 0) // row["steps_per_second"])
-    text = "step {global_step:,}, {steps_per_second:,.1f} steps/s, {left} left, train_success {train_success:.2f}"
-    print(text.format(left=left, **row), flush=True)
+    speed = row["steps_per_second"]
+    left = timedelta(seconds=max(args.total_steps - row["global_step"], 0) // speed)
+    shown = ["train_success", "train_return", "critic_loss", "actor_loss", "alpha"]
+    text = ", ".join(f"{name} {known[name]:.4g}" for name in shown if name in known)
+    print(f"step {row['global_step']:,} ({speed:,.0f}/s, {left} left): {text}", flush=True)
 
 
 def save_run(args, agent, replay, progress):
@@ -879,6 +883,28 @@ def save_run(args, agent, replay, progress):
         unfinished.replace(args.run_dir / name)  # if killed before, the last whole file stays
 
 
+def load_saved(path, name):
+    """A file, or the one of this name in a run's directory: its path, content and arguments. Raises OSError."""
+    path = Path(path, name) if Path(path).is_dir() else Path(path)
+    saved = torch.load(path, map_location="cpu", mmap=True)
+    args = Args.__new__(Args)  # without __post_init__; what it lacks has its default
+    vars(args).update(saved["args"])
+    args.tasks = task_names(args.env_id)
+    return path, saved, args
+
+
+def load_policy(path, device="cpu"):
+    """The trained actor of a run's directory, or of an actor.pt, in an Agent with untrained critics; and the names of
+    its tasks. Raises OSError."""
+    _, saved, args = load_saved(path, "actor.pt")
+    weights = saved["actor"]
+    obs_dim = weights["routing_network.obs_encoder.0.weight"].shape[1]
+    action_dim = len(weights["base_modules.head.bias"]) // 2
+    agent = Agent(obs_dim, action_dim, len(args.tasks), args, device)
+    agent.actor.load_state_dict(weights)
+    return agent, args.tasks
+
+
 def parse_arguments(argv=None):
     """The arguments, by default those of the run that --resume or --evaluate names; the path of its file; its progress:
     global step, updates, seconds, and whether an evaluation is due. Raises OSError if there is no such run."""
@@ -891,19 +917,16 @@ def parse_arguments(argv=None):
     start = (0, 0, 0.0, False)
     if resume is None and evaluate is None:
         return tyro.cli(Args, args=argv), None, start
-    path = Path(resume if evaluate is None else evaluate)
-    if path.is_dir():
-        path = path / ("checkpoint.pt" if evaluate is None else "actor.pt")
-    saved = torch.load(path, map_location="cpu", mmap=True)
-    old = Args.__new__(Args)  # without __post_init__; what it lacks has its default
-    vars(old).update(saved["args"], device=Args.device, resume=None, evaluate=None)
-    vars(old).update(results_dir=str(path.parent.parent), run_name=path.parent.name)
     fixed = ["env_id", "num_modules", "top_k", "routing", "parallel_modules", "module_width"]
     fixed += ["encoder_widths", "router_widths"]
     if evaluate is None:
+        path, saved, old = load_saved(resume, "checkpoint.pt")
         fixed += ["goals", "seed", "envs_per_task", "results_dir", "run_name"]
     else:
+        path, saved, old = load_saved(evaluate, "actor.pt")
         old.envs_per_task = 1
+    vars(old).update(device=Args.device, resume=None, evaluate=None)
+    vars(old).update(results_dir=str(path.parent.parent), run_name=path.parent.name)
     args = tyro.cli(Args, args=argv, default=old)
     changed = [name for name in fixed if getattr(args, name) != getattr(old, name)]
     if changed or len(saved.get("replays", [0])) != RANKS:

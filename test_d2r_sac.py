@@ -644,8 +644,11 @@ def test_a_run_on_meta_world(tmp_path, capsys):
     options = TWO_TASKS.replace("5,10", "reach-v3,drawer-close-v3")
     assert run(tmp_path, f"{options} --total-steps 240 --eval-every 170 --log-every 60") == 0
     run_dir, out = tmp_path / "run", capsys.readouterr().out
-    assert re.search(r"^step 120, [\d.]+ steps/s, 0:00:0\d left, train_success [01]\.\d\d", out, re.MULTILINE)
-    assert out.startswith(f"starting 2 environments\n{run_dir}: updates begin at step 40\nstep 60, ")
+    start = "starting 2 environments\n{}, from step 0\ncollecting, updates begin at step 40\nstep 60 ("
+    assert out.startswith(start.format(run_dir)) and "nan" not in out
+    losses, speed = ", critic_loss .*, actor_loss .*, alpha 0.99", r"\(\d+/s, 0:00:0\d left\):"
+    assert re.search(rf"^step 120 {speed} train_success [01].*, train_return .*{losses}", out, re.MULTILINE)
+    assert re.search(rf"^step 180 {speed} critic_loss", out, re.MULTILINE)  # no episode has ended since the last row
     facts, records = json.loads((run_dir / "args.json").read_text()), progress(run_dir)
     assert facts["args"]["total_steps"] == 240 and facts["versions"]["torch"] == version("torch")
     assert steps(run_dir) == [60, 120, 170, 180, 240]
@@ -691,6 +694,10 @@ def test_a_kept_policy_is_evaluated(tmp_path, monkeypatch, capfd):
     lines = capfd.readouterr().out.splitlines()
     assert lines[-3].startswith("drawer-close-v3: success 1.00") and lines[-2].startswith("door-close-v3: success 1.00")
     assert {*threads} == {1}
+    agent, tasks = d2r.load_policy(tmp_path / "actor.pt")
+    assert tasks == ["reach-v3", "drawer-close-v3", "door-close-v3"] == agent.args.tasks
+    for name, weights in agent.actor.state_dict().items():
+        assert torch.equal(weights, saved["actor"][name])
 
 
 @pytest.mark.parametrize("E", [1, 2])
@@ -789,12 +796,17 @@ BUDGETS += [("push-v3", 1, 1_500_000, 100_000, 128, 4000), ("reach-v3, push-v3",
 
 
 @pytest.mark.parametrize(("env_id", "T", "steps", "buffer", "batch", "start"), BUDGETS)
-def test_budgets_come_from_the_benchmark(env_id, T, steps, buffer, batch, start):
+def test_budgets_come_from_the_benchmark(tmp_path, monkeypatch, env_id, T, steps, buffer, batch, start):
     state = torch.get_rng_state()
     args = d2r.Args(env_id=env_id)
     assert torch.equal(torch.get_rng_state(), state)
     assert len(args.tasks) == len(set(args.tasks)) == T and args.eval_every == steps // 100
     assert (args.total_steps, args.buffer_size, args.batch_size, args.learning_starts) == (steps, buffer, batch, start)
+    monkeypatch.chdir(tmp_path)
+    names = {1: "push-v3", 2: "2-tasks"}.get(T, env_id) + "-random-seed1"
+    for name in (names, f"{names}-2", f"{names}-3"):
+        assert d2r.Args(env_id=env_id).run_name == name
+        Path("results", name).mkdir(parents=True)
     args = d2r.Args(env_id=env_id, total_steps=600, batch_size=2 * T)
     # An evaluation of 32 episodes of 200 steps takes longer than a hundredth of that. A short run learns, too.
     assert (args.eval_every, args.batch_size, args.learning_starts) == (6400 * T, 2 * T, 60)
@@ -1022,7 +1034,7 @@ MISTAKES = f"""
 --log-every 0: --log-every: at least 1
 --episode-length 501: --episode-length must lie between 1 and 500
 --initial-alpha 0: --initial-alpha must be positive, and at most 1
---learning-starts 0: --learning-starts must be positive and below --total-steps
+--learning-starts 0: --learning-starts must lie in [1, --total-steps)
 --top-k 17: top_k, 17, must lie between 0 and num_modules, 16
 --resume no/such/run: error: [Errno 2] No such file or directory: 'no/such/run'
 --resume {RESULTS}/three-tasks: three-tasks/checkpoint.pt'
