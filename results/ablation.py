@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Compare variants of D2R on five tasks: python results/ablation.py [--seeds 1 2 3] [--jobs 2].
+"""Compare variants of D2R on five tasks: python results/ablation.py [--seeds 1 2 3] [--jobs 2] [--out DIR].
 
 Trains each variant with each seed, two runs at a time with a thread each, 200,000 environment steps, in
-results/ablation/VARIANT-seedSEED, and writes table.md and curves.png there, from all finished runs that are there;
---jobs 0 does nothing else. After Ctrl-C or SIGTERM the same command goes on. To train a variant of your own only:
+results/ablation/VARIANT-seedSEED; then prints a table of all finished runs there, and writes curves.png to where
+plot.py would. --jobs 0 does only that. The same command continues after Ctrl-C or SIGTERM. For a variant of your own:
 
     python results/ablation.py --variant "k3=--top-k 3"
 """
 
-import argparse
 import csv
 import json
 import os
@@ -20,7 +19,9 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from plot import COLORS
+import tyro
+from matplotlib.ticker import EngFormatter
+from plot import BLUE, directory, save
 
 SCRIPT = Path(__file__).parent.parent / "d2r_sac.py"
 RUNS = Path(os.path.relpath(Path(__file__).parent / "ablation"))  # args.json shall not tell where the checkout is
@@ -44,7 +45,7 @@ PROCESSES = []
 STOP = []  # signals that came
 
 
-def stop(number, _) -> None:  # of SIGINT and SIGTERM
+def stop(number, _) -> None:
     STOP.append(number)
     for process in PROCESSES:
         process.terminate()
@@ -66,82 +67,71 @@ def train(run: Path, options: str) -> bool:
 
 
 def evaluations(run: Path) -> list[list[float]]:
-    """Step, success and modules used of each evaluation of a run, once it is finished; else nothing."""
-    if not (run / "args.json").exists() or not (run / "progress.csv").exists():
+    """Step, success and modules used of each evaluation of a run, if it is finished; else nothing."""
+    if not (run / "progress.csv").exists():
         return []
-    with open(run / "progress.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["modules_used"]]
-    rows = [[float(row[name]) for name in ("global_step", "success", "modules_used")] for row in rows]
+    rows = csv.DictReader((run / "progress.csv").read_text().splitlines())
+    names = ("global_step", "success", "modules_used")
+    rows = [[float(row[name]) for name in names] for row in rows if row["modules_used"]]
     total = json.loads((run / "args.json").read_text())["args"]["total_steps"]
     return rows if rows and rows[-1][0] >= total else []
 
 
-def spread(values, form: str) -> str:
-    """Mean and, of several, standard deviation."""
-    deviation = f" ± {np.std(values, ddof=1):{form}}" if len(values) > 1 else ""
-    return f"{np.mean(values):{form}}{deviation}" if len(values) else ""
-
-
 def table(runs: dict[str, np.ndarray]) -> str:
     """A row for each variant, of the evaluations of its seeds: (seeds, evaluations, 3)."""
-    text = "| variant | seeds | success, last five evaluations | steps to 0.5 | modules used, last five evaluations |\n"
-    text += "|---|---|---|---|---|\n"
+    text = "| variant | seeds | success, last five evaluations: mean, range | modules used |\n"
+    text += "|---|---|---|---|\n"
     for name, seeds in runs.items():
         _, success, modules = seeds[:, -5:].mean(1).T
-        steps = [rows[rows[:, 1] >= 0.5][0, 0] for rows in seeds if rows[:, 1].max() >= 0.5]
-        missing = f" ({len(steps)} of {len(seeds)})" if len(steps) < len(seeds) else ""
-        when = f"{spread(steps, ',.0f')}{missing}".strip()
-        text += f"| {name} | {len(seeds)} | {spread(success, '.2f')} | {when} | {spread(modules, '.1f')} |\n"
+        between = f"{success.mean():.2f} ({success.min():.2f} to {success.max():.2f})"
+        text += f"| {name} | {len(seeds)} | {between} | {modules.mean():.1f} |\n"
     return text
 
 
 def plot(runs: dict[str, np.ndarray], path: Path) -> None:
-    """An axis for each variant: mean success over its seeds and their range, over the first variant's mean in grey."""
-    lines = -(-len(runs) // 4)
-    figure = plt.figure(figsize=(10.4, 2.3 * lines), layout="constrained")
+    """A panel for each variant: mean success over its seeds and their range; in grey the first variant's mean."""
+    size = (10.4, 2.3 * -(-len(runs) // 4))
+    figure, axes = plt.subplots(-(-len(runs) // 4), 4, figsize=size, sharex=True, sharey=True, layout="constrained")
     grey = next(iter(runs.values())).mean(0)
-    for n, (name, seeds) in enumerate(runs.items(), start=1):
-        axis = figure.add_subplot(lines, 4, n, title=name, ylim=(0, 1.02))
-        steps = seeds[0, :, 0] / 1000
-        axis.plot(grey[:, 0] / 1000, grey[:, 1], color="0.7", linewidth=1)
-        axis.fill_between(steps, seeds[..., 1].min(0), seeds[..., 1].max(0), color=COLORS[0], alpha=0.2, linewidth=0)
-        axis.plot(steps, seeds[..., 1].mean(0), color=COLORS[0])
+    for axis, (name, seeds) in zip(axes.flat, runs.items()):
+        steps = seeds[0, :, 0]
+        axis.plot(grey[:, 0], grey[:, 1], color="0.7", linewidth=1)
+        axis.fill_between(steps, seeds[..., 1].min(0), seeds[..., 1].max(0), color=BLUE, alpha=0.2, linewidth=0)
+        axis.plot(steps, seeds[..., 1].mean(0), color=BLUE)
+        axis.set(title=name, ylim=(0, 1.02))
         axis.grid(alpha=0.3)
-        axis.label_outer()
-    figure.supxlabel("environment steps / 1000, summed over tasks", fontsize="medium")
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    figure.supxlabel("environment steps, summed over tasks", fontsize="medium")
     figure.supylabel("success rate", fontsize="medium")
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
-def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="to train with (1 2 3)")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time (2); 0: only the table and the plot")
-    parser.add_argument("--variant", action="append", metavar="NAME[=OPTIONS]", help="train only these: repeat it")
-    parser.add_argument("--runs", type=Path, default=RUNS, metavar="DIR", help=f"directory of the runs ({RUNS})")
-    args = parser.parse_args(argv)
-    named = [variant.partition("=") for variant in args.variant or VARIANTS]
-    variants = VARIANTS | {name: options for name, equals, options in named if equals}
-    names = [name for name, _, _ in named]
-    if not {*names} <= {*variants}:
-        parser.error(f'--variant: NAME=OPTIONS, as "k3=--top-k 3", or one of {", ".join(VARIANTS)}')
-    args.runs.mkdir(parents=True, exist_ok=True)
+def main(
+    seeds: tuple[int, ...] = (1, 2, 3), jobs: int = 2, variant: tuple[str, ...] = (), out: Path | None = None
+) -> None:
+    chosen = {}
+    for text in variant or VARIANTS:
+        name, equals, options = text.partition("=")
+        if not equals and name not in VARIANTS:
+            sys.exit(f"error: {name} is none of {', '.join(VARIANTS)}; a variant of your own is NAME=OPTIONS")
+        chosen[name] = options if equals else VARIANTS[name]
+    RUNS.mkdir(parents=True, exist_ok=True)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    todo = [(name, seed) for seed in args.seeds for name in names] if args.jobs else []
-    with ThreadPoolExecutor(max(args.jobs, 1)) as pool:
-        ended = [pool.submit(train, args.runs / f"{n}-seed{s}", f"{variants[n]} --seed {s}") for n, s in todo]
-    seeds = {name: [] for name in variants}
-    for run in sorted(args.runs.glob("*-seed*/")):
+    todo = {f"{name}-seed{seed}": f"{chosen[name]} --seed {seed}" for seed in seeds for name in chosen}
+    with ThreadPoolExecutor(max(jobs, 1)) as pool:
+        ended = [pool.submit(train, RUNS / name, todo[name]) for name in todo if jobs]
+    finished = {name: [] for name in VARIANTS}
+    for run in sorted(RUNS.glob("*-seed*/")):
         if rows := evaluations(run):
-            seeds.setdefault(run.name.rpartition("-seed")[0], []).append(rows)
-    runs = {name: np.array(rows) for name, rows in seeds.items() if rows}
+            finished.setdefault(run.name.rpartition("-seed")[0], []).append(rows)
+    runs = {name: np.array(rows) for name, rows in finished.items() if rows}
     if runs:
-        (args.runs / "table.md").write_text(table(runs))
         print(table(runs), end="")
-        plot(runs, args.runs / "curves.png")
-    return 0 if all(run.result() for run in ended) else 1
+        plot(runs, directory(RUNS, out) / "curves.png")
+    if not all(run.result() for run in ended):
+        sys.exit(1)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    tyro.cli(main, description=__doc__)

@@ -1,67 +1,58 @@
 # SPDX-License-Identifier: MIT
-"""Film a policy: MUJOCO_GL=egl python results/film.py results/RUN [--task drawer-close-v3 ...] [--seconds 8].
+"""Film a policy: python results/film.py results/RUN [--task drawer-close-v3 ...] [--out DIR].
 
-Writes a GIF of an episode of RUN/actor.pt, up to a little after its success: the robot, the graph of that very step
-with the modules and edges that it uses, and the modules used over time. Several tasks, without --task all of the run,
-stand side by side, in RUN/film.gif; one is in RUN/film-TASK.gif. A film of more than 3 MB loses every second frame. For
-Meta-World alone; MuJoCo renders with OpenGL: on a GPU with MUJOCO_GL=egl, without one with MUJOCO_GL=osmesa (Debian:
-apt-get install libosmesa6), which takes half a minute for a task.
+Writes film.gif, to where plot.py would: an episode of each task of RUN/actor.pt, side by side, up to a little after
+the last first success. Below each robot are the modules and edges used in that very step, and their number over time.
+MuJoCo renders with EGL on a GPU, and else with OSMesa (Debian: apt-get install libosmesa6), half a minute for a task.
 """
 
-import argparse
 import copy
-import importlib
-import subprocess
+import os
 import sys
 from itertools import islice
 from pathlib import Path
 
-if __name__ == "__main__" and not {"-h", "--help"} & {*sys.argv}:  # before MuJoCo is imported: it looks for OpenGL then
-    check = "import mujoco; mujoco.Renderer(mujoco.MjModel.from_xml_string('<mujoco/>'), 8, 8)"
-    probe = subprocess.run([sys.executable, "-c", check], check=False, capture_output=True, text=True)
-    if probe.returncode:
-        advice = "set MUJOCO_GL=egl on a GPU; without one set MUJOCO_GL=osmesa, and install libosmesa6 (Debian's name)"
-        reason = next((line for line in probe.stderr.splitlines() if "Error: " in line), "")
-        print(f"error: MuJoCo finds no OpenGL here; {advice} ({reason})", file=sys.stderr)
-        sys.exit(2)
-    importlib.import_module("torch._dynamo")  # Triton's LLVM after OSMesa's is a segmentation fault
+import torch._dynamo  # first: Triton's LLVM after OSMesa's would be a segmentation fault
+
+if __name__ == "__main__":  # before anything else imports MuJoCo, which then looks for OpenGL
+    os.environ.setdefault("MUJOCO_GL", "egl" if torch.cuda.is_available() else "osmesa")
+    try:
+        import mujoco
+    except (AttributeError, ImportError, RuntimeError) as error:
+        sys.exit(f"error: MuJoCo finds no OpenGL; without a GPU install libosmesa6 ({error})")
 
 import gymnasium as gym
 import imageio.v3 as imageio
 import matplotlib.pyplot as plt
 import mujoco
 import numpy as np
+import tyro
 from PIL import Image
-from routing import Graph, Steps, d2r, grid, load, rollout
+from plot import BLUE, directory
+from routing import Graph, Steps, d2r, rollout
 
-FRAMES_PER_SECOND, STEPS_AFTER_SUCCESS, WIDTH, BYTES = 10, 15, 840, 3e6
-
-
-class Remember(gym.Wrapper):
-    """Keeps MuJoCo's state of before each step."""
-
-    def __init__(self, env):
-        super().__init__(env)
-        self.states = []
-
-    def step(self, action):
-        self.states.append(copy.copy(self.unwrapped.data))
-        return super().step(action)
+FRAMES_PER_SECOND, FRAMES, STEPS_AFTER_SUCCESS, WIDTH = 10, 80, 15, 840  # WIDTH in pixels
 
 
-def play(args, tasks, actor, index):
-    """An episode of a task, without its last step, in which the environment resets itself: MuJoCo's model and states,
-    and Steps."""
-    env = Remember(d2r.make_env(tasks[index], args, args.seed))
+def play(agent, index):
+    """An episode of a task, without its last step, in which the environment resets itself: MuJoCo's model, its states
+    after each step, and Steps."""
+    args = agent.args
+    env = d2r.make_env(args.tasks[index], args, args.seed)
     make = [lambda: gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))]
     envs = gym.vector.SyncVectorEnv(make, autoreset_mode="SameStep")
-    steps = [*islice(rollout(actor, envs, args.seed, [index]), max(args.episode_length - 1, 1))]
-    return env.unwrapped.model, env.states, Steps(*map(np.concatenate, zip(*steps)))
+    states = []
+    steps = []
+    for step in islice(rollout(agent, envs, [index]), max(args.episode_length - 1, 1)):
+        states.append(copy.copy(env.unwrapped.data))
+        steps.append(step)
+    return env.unwrapped.model, states, Steps(*map(np.concatenate, zip(*steps)))
 
 
 def render(model, states, size):
     """Pictures (N, size, size, 3) of states of MuJoCo."""
-    renderer, pictures = mujoco.Renderer(model, size, size), []
+    renderer = mujoco.Renderer(model, size, size)
+    pictures = []
     for state in states:
         renderer.update_scene(state, camera="corner4")
         pictures.append(renderer.render()[::-1, ::-1])  # Meta-World's corner cameras are upside down
@@ -69,26 +60,25 @@ def render(model, states, size):
     return np.stack(pictures)
 
 
-def panel(axes, args, title, pictures, steps: Steps, shown, inches):
-    """Put a task on its axes. Returns a function that shows its n-th picture."""
-    small = inches < 2
-    axes["robot"].set_title(title, fontsize=7 if small else 9)
+def panel(cell, args, title, pictures, steps: Steps, shown, inches):
+    """Draw a task into a subfigure. Returns a function that shows its n-th picture."""
+    axes = cell.subplot_mosaic([["robot"], ["graph"], ["depth"]], height_ratios=(5, 2.5, 1.6))
+    axes["robot"].set_title(title, fontsize=3 + 2 * inches)
     axes["robot"].axis("off")
     robot = axes["robot"].imshow(pictures[0])
-    options = {"va": "top", "color": "white", "weight": "bold", "fontsize": 7 if small else 9}
-    solved = axes["robot"].text(0.03, 0.96, "success", transform=axes["robot"].transAxes, **options)
+    options = {"color": "white", "weight": "bold", "fontsize": 3 + 2 * inches}
+    solved = axes["robot"].annotate("success", (0.03, 0.9), xycoords="axes fraction", **options)
     graph = Graph(axes["graph"], args, inches)
-    M = args.num_modules
-    axes["depth"].set(xlim=(1, shown[-1] + 1), ylim=(0, 1.08 * M), yticks=(0, M))
+    axes["depth"].set(xlim=(1, shown[-1] + 1), ylim=(0, 1.08 * args.num_modules), yticks=(0, args.num_modules))
     axes["depth"].set_xlabel("step", fontsize=8, labelpad=1)
-    axes["depth"].set_ylabel("modules used", fontsize=6 if small else 8)
+    axes["depth"].set_ylabel("modules used", fontsize=3 + 1.5 * inches)
     axes["depth"].tick_params(labelsize=7)
-    (depth,) = axes["depth"].plot([], color="#0072B2", drawstyle="steps-post")
+    (depth,) = axes["depth"].plot([], color=BLUE, drawstyle="steps-post")
 
     def show(n):
         step = shown[n]
         robot.set_data(pictures[n])
-        solved.set_visible(step > 0 and steps.success[step - 1])  # the picture is of before the step
+        solved.set_visible(steps.success[step])
         graph.show(steps.used[step], steps.weights[step])
         depth.set_data(range(1, step + 2), steps.used[: step + 1].sum(1))
 
@@ -97,58 +87,40 @@ def panel(axes, args, title, pictures, steps: Steps, shown, inches):
 
 def draw(args, titles, episodes, shown):
     """Frames (height, WIDTH, 3) of the steps that are shown, of episodes as `play` gives them, side by side."""
-    lines, columns = grid(len(titles))
+    lines = -(-len(titles) // 5)
+    columns = -(-len(titles) // lines)
     size = WIDTH // max(columns, 2)
-    form, ratios, height = [["robot"], ["graph"], ["depth"]], (5, 2.5, 1.6), (1.6 * size + 60) * lines
-    if len(titles) == 1:
-        form, ratios, height = [["robot", "graph"], ["depth", "depth"]], (4, 1), 0.62 * WIDTH
-    figure = plt.figure(figsize=(WIDTH / 100, height / 100), dpi=100, layout="constrained")
+    figure = plt.figure(figsize=(columns * size / 100, (1.6 * size + 60) * lines / 100), dpi=100, layout="constrained")
     panels = []
-    cells = figure.subfigures(lines, columns, squeeze=False).flat
-    for cell, title, (model, states, steps) in zip(cells, titles, episodes):
+    for cell, title, episode in zip(figure.subfigures(lines, columns, squeeze=False).flat, titles, episodes):
+        model, states, steps = episode
         pictures = render(model, [states[step] for step in shown], size)
-        axes = cell.subplot_mosaic(form, height_ratios=ratios)
-        panels.append(panel(axes, args, title, pictures, steps, shown, size / 100))
+        panels.append(panel(cell, args, title, pictures, steps, shown, size / 100))
     for n in range(len(shown)):
         for show in panels:
             show(n)
         figure.canvas.draw()
         figure.set_layout_engine("none")  # all frames as the first
-        yield np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
+        yield Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3])
 
 
-def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--task", nargs="+", default=[])
-    parser.add_argument("--seconds", type=float, default=8)
-    options = parser.parse_args(argv)
-    args, tasks, actor = load(options.run, "cpu")
-    if not {*options.task} <= {*tasks}:
-        parser.error(f"--task: the tasks of this run are {', '.join(tasks)}")
-    if not 0.1 <= options.seconds <= 60:
-        parser.error("--seconds must lie between 0.1 and 60")
-    chosen = [*dict.fromkeys(options.task)] or tasks
-    episodes = [play(args, tasks, actor, tasks.index(task)) for task in chosen]
-    solved = [steps.success.argmax() if steps.success.any() else args.episode_length for *_, steps in episodes]
+def main(run: tyro.conf.Positional[Path], task: tuple[str, ...] = (), out: Path | None = None) -> None:
+    agent, tasks = d2r.load_policy(run)
+    chosen = task or tasks
+    if not {*chosen} <= {*tasks}:
+        sys.exit(f"error: the tasks of this run are {', '.join(tasks)}")
+    episodes = [play(agent, tasks.index(task)) for task in chosen]
+    solved = [steps.success.argmax() if steps.success.any() else len(steps.success) for *_, steps in episodes]
     length = min(max(solved) + STEPS_AFTER_SUCCESS, len(episodes[0][2].success))
-    number = min(length, round(options.seconds * FRAMES_PER_SECOND))
-    shown = np.linspace(0, length - 1, number).astype(int)
-    frames = [Image.fromarray(frame) for frame in draw(args, chosen, episodes, shown)]
+    shown = np.linspace(0, length - 1, min(length, FRAMES)).astype(int)
+    frames = [*draw(agent.args, chosen, episodes, shown)]
     # One palette for all frames: what does not move has the same colours in each, and takes no space.
-    palette = Image.fromarray(np.concatenate(frames[:: max(1, number // 4)])).quantize(256)
+    palette = Image.fromarray(np.concatenate(frames[:: max(1, len(frames) // 4)])).quantize(256)
     frames = [np.asarray(frame.quantize(palette=palette, dither=Image.Dither.NONE).convert("RGB")) for frame in frames]
-
-    def gif():
-        duration = 1000 * options.seconds / len(frames)
-        return imageio.imwrite("<bytes>", frames, extension=".gif", loop=0, duration=duration)
-
-    while len(data := gif()) > BYTES and len(frames) > 1:
-        frames = frames[::2]
-    path = options.run / (f"film-{chosen[0]}.gif" if len(options.task) == 1 else "film.gif")
-    path.write_bytes(data)
-    print(path, f"{len(frames)} frames, {len(data) / 1e6:.1f} MB")
+    path = directory(run, out) / "film.gif"
+    imageio.imwrite(path, frames, loop=0, duration=1000 / FRAMES_PER_SECOND)
+    print(path)
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

@@ -1,119 +1,122 @@
 # SPDX-License-Identifier: MIT
-"""Plot the evaluations of runs (needs matplotlib).
+"""Draw learning curves (needs matplotlib).
 
-python results/plot.py results/RUN ...   success (else return) and modules used of each task, in RUN/progress.png
-python results/plot.py                   mean success of the kept runs of MT10, and published curves, in results/mt10.png
+    python results/plot.py results/RUN ...    progress.png: success (else return) of each task, and modules used
+    python results/plot.py                    mt10.png: the kept runs of MT10 beside published curves
+
+Pictures go where --out says. By default it is the run's directory, or, if git tracks that, a new one beside it.
 """
 
-import argparse
 import csv
+import subprocess
 import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import tyro
+from matplotlib.ticker import EngFormatter
 
-COLORS = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"  # told apart by the colour-blind: Okabe, Ito
-MARKERS = "osD^vPX<>"
+RESULTS = Path(__file__).parent
+BLUE, ORANGE, GREEN, RED, PINK, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"  # Okabe, Ito
 
 # Mean success on MT10 with random goals after so many million environment steps, read off the figures of arXiv
 # 2503.05126 (to about 0.01): episodes of 500 steps, batch 1,280, 10 seeds; V2 rewards, as here.
-MILLIONS = 1, 2, 3, 5, 10, 15, 20
+MILLIONS = (1, 2, 3, 5, 10, 15, 20)
 PUBLISHED = {
-    "width 4,096": (0.60, 0.70, 0.74, 0.81, 0.92, 0.92, 0.93),
-    "MTMHSAC, 1.4M parameters": (0.41, 0.64, 0.72, 0.75, 0.86, 0.86, 0.86),
-    "MTSAC, 1.4M parameters": (0.39, 0.66, 0.72, 0.75, 0.83, 0.85, 0.85),
-    "width 256": (0.28, 0.49, 0.58, 0.66, 0.70, 0.75, 0.74),
+    "its widest network, 4,096 units": (GREEN, (0.60, 0.70, 0.74, 0.81, 0.92, 0.92, 0.93)),
+    "MTMHSAC, 1.4M parameters": (PINK, (0.41, 0.64, 0.72, 0.75, 0.86, 0.86, 0.86)),
+    "MTSAC, 1.4M parameters": (RED, (0.39, 0.66, 0.72, 0.75, 0.83, 0.85, 0.85)),
 }
-KEPT = "MT10-cpu", "MT10-gpu"
+KEPT = {"MT10-cpu": BLUE, "MT10-gpu": ORANGE}
 # MT10-gpu's machine was gone before it could save these: they are from the terminal.
-NOT_SAVED = {"MT10-gpu": ((750_000, 0.59), (1_000_000, 0.56))}
+NOT_SAVED = {"MT10-gpu": [(750_000, 0.59), (1_000_000, 0.56)]}
 
 
-def style(task: int) -> dict:
-    """Colour and marker of the task of this index: each of 54 has a pair of its own."""
-    return {"color": COLORS[task % len(COLORS)], "marker": MARKERS[(task + task // 18) % len(MARKERS)]}
+def directory(run: Path, out: Path | None) -> Path:
+    """Where the pictures of a run go. Never among files that git tracks, unless `out` says so."""
+    if out is None:
+        command = ["git", "-C", run, "ls-files", "."]
+        tracked = subprocess.run(command, capture_output=True, check=False).stdout
+        out = run.with_name(f"{run.resolve().name}-pictures") if tracked else run
+    out.mkdir(parents=True, exist_ok=True)
+    return out
 
 
-def legend(figure) -> None:
-    """The labels of its last axis: on the right, or below where they are many."""
-    handles, labels = figure.axes[-1].get_legend_handles_labels()
-    options = {"loc": "outside right center"}
-    if len(labels) > 20:
-        options = {"loc": "outside lower center", "ncols": 5, "fontsize": "small"}
-        figure.set_figheight(figure.get_figheight() + 0.04 * len(labels))
-    figure.legend(handles, labels, frameon=False, markerscale=1.5, **options)
+def save(figure, path: Path) -> None:
+    figure.savefig(path, dpi=110)
+    print(path)
 
 
-def evaluations(run_dir: Path) -> list[dict]:
-    """The rows of RUN/progress.csv that have an evaluation."""
-    path = run_dir / "progress.csv"
-    if not path.exists():
-        sys.exit(f"error: there is no {path}")
-    with open(path, newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["modules_used"]]
+def read(run: Path) -> list[dict]:
+    """The rows of RUN/progress.csv."""
+    path = run / "progress.csv"
+    rows = [*csv.DictReader(path.read_text().splitlines())] if path.exists() else []
     if not rows:
-        sys.exit(f"error: {run_dir} holds no evaluation yet")
+        sys.exit(f"error: there is no row in {path} yet; rows begin with the updates")
     return rows
 
 
-def plot(run_dir: Path) -> Path:
-    """Write RUN/progress.png."""
-    rows = evaluations(run_dir)
-    steps = [int(row["global_step"]) for row in rows]
-    tasks = [column.removeprefix("success/") for column in rows[0] if column.startswith("success/")]
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    left = ("success", "success rate") if rows[-1]["success"] else ("return", "return")
-    for axis, (name, title) in zip(axes, (left, ("modules_used", "modules used"))):
-        for index, task in enumerate(tasks):
-            values = [float(row[f"{name}/{task}"]) for row in rows]
-            axis.plot(steps, values, markersize=4, linewidth=1.2, label=task, **style(index))
-        axis.plot(steps, [float(row[name]) for row in rows], color="black", marker=".", linewidth=2, label="mean")
-        axis.set(xlabel="environment steps, summed over tasks", title=title)
-        axis.xaxis.set_major_formatter(lambda step, _: f"{step / 1e6:g}M" if steps[-1] > 2e6 else f"{step / 1000:g}k")
-        if len(steps) == 1:
-            axis.set_xticks(steps)
-        if name != "return":
-            axis.set_ylim(0, 1.03 if name == "success" else None)
+def curve(rows: list[dict], column: str) -> tuple[list[int], list[float]]:
+    """Steps and values of a column, where there is a value."""
+    points = [(int(row["global_step"]), float(row[column])) for row in rows if row.get(column)]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def plot(run: Path, out: Path | None = None) -> None:
+    """progress.png: small multiples, a panel for each task."""
+    rows = read(run)
+    tasks = [name.removeprefix("return/") for name in rows[0] if name.startswith("return/")]
+    kind = "success" if any(row.get("success") or row.get("train_success") for row in rows) else "return"
+    panels = {kind: "mean", **{f"{kind}/{task}": task for task in tasks}, "modules_used": "modules used"}
+    lines = -(-len(panels) // 6)
+    columns = -(-len(panels) // lines)
+    size = (2.1 * columns, 1.75 * lines + 0.5)
+    figure, axes = plt.subplots(lines, columns, figsize=size, sharex=True, squeeze=False, layout="constrained")
+    for axis, (name, title) in zip(axes.flat, panels.items()):
+        axis.plot(*curve(rows, f"train_{name}"), color=SKY, linewidth=0.8, alpha=0.8, label="training")
+        axis.plot(*curve(rows, name), color=BLUE, marker="o", markersize=3, label="evaluations")
+        axis.set_title(title, fontsize=9)
+        axis.set_ylim((-0.05, 1.05) if name.startswith("success") else None)
         axis.grid(alpha=0.3)
-    legend(figure)
-    figure.savefig(run_dir / "progress.png", dpi=110)
-    return run_dir / "progress.png"
+        axis.tick_params(labelsize=8)
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    axes.flat[len(panels) - 1].set_ylim(bottom=0)
+    figure.supylabel(kind, fontsize=9)
+    figure.supxlabel("environment steps, summed over tasks", fontsize=9)
+    axes.flat[0].legend(fontsize=7, frameon=False)
+    save(figure, directory(run, out) / "progress.png")
 
 
-def plot_mt10(results: Path) -> Path:
-    """Write mt10.png: the runs of MT10 that are kept, beside published ones."""
+def plot_mt10(out: Path) -> None:
+    """mt10.png: the runs of MT10 that are kept, beside published ones."""
     figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
-    for index, run_dir in enumerate(results / name for name in KEPT if (results / name).exists()):
-        points = [(int(row["global_step"]), float(row["success"])) for row in evaluations(run_dir)]
-        points += NOT_SAVED.get(run_dir.name, ())
-        axis.plot(*zip(*points), linewidth=2.2, markersize=5, label=f"D2R, {run_dir.name}", **style(index))
-    axis.plot([], [], " ", label="published, 10 seeds, episodes of 500 steps:")
-    for index, (name, success) in enumerate(PUBLISHED.items()):
+    for name, color in KEPT.items():
+        steps, success = curve(read(RESULTS / name), "success")
+        points = [*zip(steps, success), *NOT_SAVED.get(name, [])]
+        axis.plot(*zip(*points), color=color, linewidth=2.2, marker="o", markersize=5, label=f"D2R, {name}")
+    axis.plot([], [], " ", label="arXiv 2503.05126, ten seeds, episodes of 500 steps:")
+    for name, (color, success) in PUBLISHED.items():
         steps = [million * 1_000_000 for million in MILLIONS]
-        options = {"color": "0.55", "linewidth": 1, "marker": MARKERS[5 - index], "markersize": 4}
-        axis.plot(steps, success, label=name, **options)
-    axis.set(xscale="log", xlim=(9e4, 2.2e7), ylim=(0, 1), ylabel="mean success rate, random goals")
-    axis.set_xlabel("environment steps, summed over the ten tasks")
-    ticks = {100_000: "100k", 300_000: "300k", 1_000_000: "1M", 3_000_000: "3M", 10_000_000: "10M", 20_000_000: "20M"}
-    axis.set_xticks([*ticks], ticks.values())
+        axis.plot(steps, success, color=color, linewidth=1.2, linestyle="--", marker=".", label=name)
+    axis.set(xscale="log", xlim=(9e4, 2.2e7), ylim=(0, 1))
+    axis.set(xlabel="environment steps, summed over the ten tasks", ylabel="mean success rate, random goals")
+    axis.set_xticks([1e5, 3e5, 1e6, 3e6, 1e7, 2e7])
     axis.set_xticks([], minor=True)
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     axis.grid(alpha=0.3)
-    axis.legend(frameon=False, loc="upper left", fontsize="small", title="here, one seed, episodes of 200 steps:")
-    axis.get_legend().set(alignment="left")
-    axis.get_legend().get_title().set_fontsize("small")
-    figure.savefig(results / "mt10.png", dpi=110)
-    return results / "mt10.png"
+    title = "this file, one seed, episodes of 200 steps:"
+    axis.legend(frameon=False, fontsize="small", title=title, title_fontsize="small", alignment="left")
+    save(figure, out / "mt10.png")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", type=Path)
-    runs = parser.parse_args().runs
-    for run_dir in runs:
-        print(plot(run_dir))
+def main(runs: tyro.conf.Positional[tuple[Path, ...]] = (), out: Path | None = None) -> None:
+    for run in runs:
+        plot(run, out)
     if not runs:
-        print(plot_mt10(Path(__file__).parent))
+        plot_mt10(directory(RESULTS / "pictures", out))
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)
