@@ -24,7 +24,7 @@ Difficult: Multi-Task Deep Reinforcement Learning with Dynamic Depth Routing", A
 
     T  tasks
     E  environments of each task; of all E T, environment i runs task i % T
-    B  samples in a batch: unlike the environments task by task, first B / T of task 0, and so on
+    B  samples in a batch, task by task: B / T of task 0, then of task 1, and so on
     M  base modules, numbered 0 ... M-1; the head counts as module M
     K  sources of a module
     H  width of a module
@@ -72,13 +72,13 @@ class Args:
     env_id: str = "MT10"  # MT10, MT25, MT50, or Meta-World V3 tasks (reach-v3,drawer-close-v3)
     goals: Literal["random", "fixed"] = "random"  # one of 50 for each episode, or always the same
     episode_length: int = 200  # time limit of an episode, at most 500 steps
-    envs_per_task: int = 1  # environments of each task (E); on a GPU scale batch_size with it
+    envs_per_task: int = 1  # environments of each task (E); on a GPU use E times the batch_size
     # Budgets are summed over tasks, environments and ranks.
-    total_steps: int | None = None  # environment steps; None: 15_000_000, MT50 50M, else 1.5M per task
-    buffer_size: int | None = None  # transitions; None: 1M, MT50 10M, else 100k per task
-    batch_size: int | None = None  # samples of an update, as many of each task; None: 128 each
-    learning_starts: int | None = None  # steps before updates; None: 4,000 per task, or a tenth
-    eval_every: int | None = None  # steps between evaluations; None: a hundredth of the run, or more
+    total_steps: int | None = None  # environment steps; None: 1_500_000 per task, MT50 1_000_000
+    buffer_size: int | None = None  # transitions; None: 100_000 per task, MT50 200_000
+    batch_size: int | None = None  # samples of an update, as many of each task; None: 128 of each
+    learning_starts: int | None = None  # steps before updates; None: 4,000 per task, at most a tenth of the run
+    eval_every: int | None = None  # steps between evaluations; None: a 100th of the run, or what one takes
     eval_episodes: int = 32  # episodes of each task in an evaluation
     # Networks and routing
     num_modules: int = 16  # base modules of a network (M)
@@ -86,7 +86,7 @@ class Args:
     routing: Literal["module", "layer", "model"] = "module"  # what a module may choose from (README)
     parallel_modules: int = 4  # modules in a layer, or number of chains (P), for layer and model
     module_width: int = 128  # width of a base module (H)
-    encoder_widths: tuple[int, ...] = (400, 400)  # layers of the state encoder; the last is that of task encoder, too
+    encoder_widths: tuple[int, ...] = (400, 400)  # layers of the state encoder; the last is also the task encoder's
     router_widths: tuple[int, ...] = (256, 256)  # hidden layers of the router
     resrouting: bool = True  # ResRouting; without it gradients reach all chosen modules
     route_balancing: bool = True  # a temperature for each task; without it all have temperature 1
@@ -99,12 +99,12 @@ class Args:
     initial_alpha: float = 1.0  # entropy coefficient of every task at the start, at most 1
     target_entropy: float | None = None  # in nats; None: minus the size of an action
     reward_scale: float = 0.1  # factor on the environments' rewards
-    max_task_loss: float = 3e3  # a task whose losses sum to more is skipped in the update
+    max_task_loss: float = 3e3  # a task whose losses, weighted, sum to more is skipped in the update
     max_grad_norm: float = 1.0  # limit of gradients: of the actor, each critic, and log alpha
     # The run
     seed: int = 1  # of the networks, the sampling and the goals
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
-    compile: bool = False  # torch.compile the networks; only on CUDA
+    compile: bool = False  # torch.compile the networks; ignored on a CPU
     results_dir: str = "results"  # directory of the run directories
     run_name: str | None = None  # name of the run's directory; None: such as MT10-random-seed1
     resume: str | None = None  # a run's directory: continue it; options given override its own
@@ -119,9 +119,9 @@ class Args:
         T = len(self.tasks)
         if self.total_steps is None:
             self.total_steps = (1_000_000 if self.env_id == "MT50" else 1_500_000) * T
-        benchmark = f"{T}-tasks" if "," in self.env_id else self.env_id
-        name = f"{benchmark}-{self.goals}-seed{self.seed}"
-        names = (name if n == 1 else f"{name}-{n}" for n in count(1))
+        base = f"{T}-tasks" if "," in self.env_id else self.env_id
+        base += f"-{self.goals}-seed{self.seed}"
+        names = (base if n == 1 else f"{base}-{n}" for n in count(1))
         defaults = {
             "buffer_size": (200_000 if self.env_id == "MT50" else 100_000) * T,
             "batch_size": 128 * T,
@@ -155,12 +155,13 @@ class Args:
 # The method. To use it elsewhere, copy the code between the double lines; README has the imports.
 # ----------------------------------------------------------------------------------------------------- routing network
 def init(layer, head=False):
-    # NOTE: as in the authors' code, out_features stands for the fan-in, which would be in_features.
-    bound = 3e-3 if head else layer.out_features**-0.5
-    nn.init.uniform_(layer.weight, -bound, bound)
-    nn.init.constant_(layer.bias, 0.1)
     if head:
-        nn.init.uniform_(layer.bias, -bound, bound)
+        nn.init.uniform_(layer.weight, -3e-3, 3e-3)
+        nn.init.uniform_(layer.bias, -3e-3, 3e-3)
+    else:
+        bound = layer.out_features**-0.5  # NOTE: as in the authors' code; usual is in_features, the fan-in.
+        nn.init.uniform_(layer.weight, -bound, bound)
+        nn.init.constant_(layer.bias, 0.1)
     return layer
 
 
@@ -180,7 +181,7 @@ class RoutingNetwork(nn.Module):
         self.M = len(allowed)
         self.obs_encoder = mlp((input_dim, *encoder_widths))
         self.task_encoder = init(nn.Linear(num_tasks, encoder_widths[-1]))
-        # NOTE: the authors initialise the router's last layer as a hidden one, too.
+        # NOTE: the router's last layer is initialised like its hidden ones, as in the authors' code.
         self.router = mlp((encoder_widths[-1], *router_widths, int(allowed.sum())))
         self.register_buffer("one_hot", torch.eye(num_tasks), persistent=False)
         self.register_buffer("edges", allowed.flatten().nonzero().squeeze(1), persistent=False)
@@ -221,7 +222,7 @@ def routing_weights(logits, routes):
 def gradient_kept(logits):
     """ResRouting: true for edges that the current router finds likely, p_ij > 1 / (J_i + 1). (B, M, M) -> (B, M, M).
     p_i is the softmax of module i's logits, at temperature 1, over the J_i sources that it may choose from. The
-    threshold is just under the uniform 1 / J_i, so an untrained router, which is nearly uniform, keeps most edges."""
+    threshold is below the uniform 1 / J_i, so an untrained router, which is nearly uniform, keeps most edges."""
     num_sources = (logits[:1] > -torch.inf).sum(-1, keepdim=True, dtype=logits.dtype)  # J_i
     return logits.softmax(-1) > 1 / (num_sources + 1)
 
@@ -266,26 +267,29 @@ class MixSources(torch.autograd.Function):
         f_i    = module_i(read_i)
 
     Both sums have the same value, and w_ij always gets its gradient. But the actor's routes are replayed from an older
-    policy, and the critics' are sampled at a temperature, so the current router may find edge (i, j) unlikely. Module j
-    should not learn what module i makes of a sample that it would hardly get: the gradient of read_i skips f_j and
-    reaches, through x_j, the modules before it. The shortcut, which adds x_i to f_i, is never blocked.
+    policy, and the critics' are sampled at a temperature, so some have an edge (i, j) that the current router finds
+    unlikely. The current router would rarely send such a sample from j to i, so module j should not be trained by what
+    module i makes of it: the gradient of read_i skips f_j and reaches, through x_j, the modules before j. The shortcut,
+    which adds x_i to f_i, is never blocked.
 
-    Plain autograd (`plain` in the tests) would copy all outputs at each module. Here they lie in one tensor o (S, H) of
-    f_j + x_j, with a slot for each module and sample, and the gradients are written by hand. x_i is used twice: module
-    i reads it (gradient g_i, of read_i), and it is added to f_i (gradient s_i).
+    Plain autograd (`plain` in the tests) computes just these three lines, but copies all outputs at each module. Here
+    they lie in one tensor o (S, H) of f_j + x_j, with S slots, one for each module and sample. Autograd does not see
+    the writes into o, so the gradients are by hand. x_i is used twice: module i reads it (gradient g_i, of read_i), and
+    it is added to f_i (gradient s_i):
 
         grad f_j = sum_i w_ij (kept_ij g_i + s_i)      s_j = sum_i w_ij (g_i + s_i)
 
-    Autograd does not see the writes into o, so these sums need an accumulator. It is the gradient of a tensor whose
-    values mean nothing, the tape (S, 2, H), which is passed from mixing to mixing: on the way back its gradient
-    collects grad f_j in [:, 0] and s_j in [:, 1]. It starts as zeros, which autograd makes, since nobody reads the last
-    tape. torch.func, vmap and second derivatives do not work through this function."""
+    Each reader i adds its terms to a shared accumulator: the gradient of the tape (S, 2, H), a tensor whose values mean
+    nothing and which is passed from mixing to mixing. Hence the backward pass runs from the head to module 1, and all
+    readers of module j have added theirs before its own turn. [:, 0] collects grad f_j, [:, 1] s_j. The accumulator
+    starts as zeros, which autograd makes, since nobody reads the last tape. torch.func, vmap and second derivatives do
+    not work through this function."""
 
     @staticmethod
     def forward(ctx, tape, o, f, x, previous, w, w_fx, slots):
-        """Stores o = f + x of module i - 1 in its slots `previous`; mixes the sources of module i, which B_i samples
-        use. w, slots (B_i, K), w_fx (B_i, K, 2): w_ij kept_ij, the share of g_i for f_j, and w_ij, the share for x_j.
-        Returns the tape and the sum (B_i, H) twice: read_i, on which module i may work in place, and x_i."""
+        """First stores o = f + x of module i - 1 in its slots, `previous`; then mixes the sources of module i, which
+        B_i samples use. w, slots (B_i, K); w_fx (B_i, K, 2): the shares of g_i for f_j, w_ij kept_ij, and for x_j,
+        w_ij. Returns the tape and the sum (B_i, H) twice: read_i, on which module i may work in place, and x_i."""
         torch.add(f, x, out=o[previous])
         ctx.o = o  # not saved: later modules write into o, but into other slots
         ctx.previous = previous
@@ -361,12 +365,13 @@ class D2RNetwork(nn.Module):
         if self.resrouting and torch.is_grad_enabled():
             w_f = w * gradient_kept(logits).gather(-1, sources)
         w_fx = torch.stack([w_f, w], dim=-1).detach()
-        # The pairs (module j, sample b) are numbered j B + b. On a GPU all are computed; a pair's slot is its number.
+        # The pairs of a module j and a sample b are numbered j B + b. On a GPU all are computed, and the number is the
+        # slot. On a CPU only the used pairs are computed, and counted; nobody reads the slots of the others.
         pairs = sources * B + torch.arange(B, device=h.device)[:, None, None]
         slots = pairs
         computed = slice(None)  # of the pairs with modules 1 ... M
         counts = [B] * (M + 1)  # samples for which each module, and the head, is computed
-        if h.is_cpu and not torch.compiler.is_compiling():  # only the used pairs are computed, and numbered
+        if h.is_cpu and not torch.compiler.is_compiling():
             used = F.pad(used_modules(routes), (0, 1), value=True).T  # (M + 1, B)
             counts = used.sum(1).tolist()
             slots = (used.flatten().cumsum(0) - 1)[pairs]
@@ -488,7 +493,7 @@ class Agent(nn.Module):
 
     def actor_loss(self, obs, routes, task):
         """alpha log pi(a|s) - min_c Q_c(s, a), mean of each task, (T,), and log pi(a|s), (T, B / T). Routes: the
-        actor's are replayed, weighted by the current logits; the critics' are Top-K."""
+        actor's are replayed, to train what was explored, weighted by the current logits; the critics' are Top-K."""
         action, log_prob = sample_action(self.actor(obs, task, routes=routes)[0])
         # The gradient passes through the critics, but does not train them. Parameters that you froze stay frozen.
         trained = [p for p in self.critics.parameters() if p.requires_grad]
@@ -533,7 +538,7 @@ class Agent(nn.Module):
             self.log_alpha.clamp_(max=0)  # NOTE: only in the authors' code.
             critics = list(self.critics.parameters())
             torch._foreach_lerp_(list(self.target_critics.parameters()), critics, self.args.tau)
-        return {name: loss.detach() for name, loss in losses.items()} | {"left_out": left_out.float()}
+        return {name: value.detach() for name, value in losses.items()} | {"left_out": left_out.float()}
 
 
 # ======================================================================================================================
@@ -731,7 +736,7 @@ def train(args, envs, path, progress, seed, stop):
     update = CUDAGraph(agent.update)
     torch.manual_seed(seed + 1)
     while not finished:
-        # Act
+        # Act, before the first update with the untrained policy
         action, routes = act(torch.as_tensor(obs, dtype=torch.float32).to(args.device, non_blocking=True))
         action = action.to("cpu", non_blocking=True)
         learning = global_step >= args.learning_starts
@@ -743,14 +748,14 @@ def train(args, envs, path, progress, seed, stop):
         envs.step_async(action.numpy())
 
         # Learn
-        if learning and not cuda:  # while the environments step
+        if learning and not cuda:  # the same update, while the environments step
             losses = update(*replay.sample(n))
         updates += learning
 
         # Store
         next_obs, reward, terminated, truncated, infos = envs.step_wait()
         last_obs = next_obs.copy()
-        for i in np.flatnonzero(terminated | truncated):  # next_obs is the next episode's
+        for i in np.flatnonzero(terminated | truncated):  # next_obs already is the next episode's
             last_obs[i] = infos["final_obs"][i]
             sums[i % T] += torch.as_tensor(infos["final_info"]["summary"][i])
         check_finite(args.tasks, reward=reward, observation=last_obs)
@@ -808,15 +813,16 @@ def start_run(args, agent, replay, path, global_step):
         log = saved["log"]
     if RANK > 0:
         return None
-    if args.track:
-        import wandb
-
-        wandb.init(id=args.run_name, resume="allow", config=asdict(args), sync_tensorboard=True)
     args.run_dir.mkdir(parents=True, exist_ok=args.resume is not None)
     versions = {name: version(name) for name in ("torch", "numpy", "metaworld", "mujoco", "gymnasium")}
     facts = json.dumps({"args": asdict(args), "tasks": args.tasks, "versions": versions}, indent=2)
     name = f"args-{global_step}.json" if args.resume else "args.json"
     (args.run_dir / name).write_text(facts)
+    if args.track:
+        import wandb
+
+        started = int((args.run_dir / "args.json").stat().st_mtime)  # a resume continues the run of this id
+        wandb.init(id=f"{args.run_name}-{started}", resume="allow", config=asdict(args), sync_tensorboard=True)
     (args.run_dir / "progress.csv").write_text(log)
     print(f"{args.run_dir}, from step {global_step:,}", flush=True)
     if global_step < args.learning_starts:
@@ -858,6 +864,7 @@ def save_run(args, agent, replay, progress):
     """All ranks call it; rank 0 writes checkpoint.pt, to continue from, and actor.pt, to evaluate."""
     if not all(parameter.isfinite().all() for parameter in agent.parameters()):
         raise FloatingPointError("the weights are not finite")
+    # After the roll the oldest row of a full ring comes first; of one that is not full, the stored rows come last.
     oldest_first = [column.roll(-replay.added, 0)[-replay.added :].cpu().clone() for column in replay.columns]
     replays = [oldest_first] * RANKS
     if RANKS > 1:
@@ -884,7 +891,7 @@ def save_run(args, agent, replay, progress):
 
 
 def load_saved(path, name):
-    """A file, or the one of this name in a run's directory: its path, content and arguments. Raises OSError."""
+    """A file, or the one of this name in a run's directory: its path, content, and arguments with the tasks."""
     path = Path(path, name) if Path(path).is_dir() else Path(path)
     saved = torch.load(path, map_location="cpu", mmap=True)
     args = Args.__new__(Args)  # without __post_init__; what it lacks has its default
@@ -894,8 +901,8 @@ def load_saved(path, name):
 
 
 def load_policy(path, device="cpu"):
-    """The trained actor of a run's directory, or of an actor.pt, in an Agent with untrained critics; and the names of
-    its tasks. Raises OSError."""
+    """The Agent of a run's directory, or of an actor.pt, with untrained critics; and the names of its tasks. What was
+    swapped for the training (task_names, BaseModule) must be swapped here, too. Raises OSError if there is no file."""
     _, saved, args = load_saved(path, "actor.pt")
     weights = saved["actor"]
     obs_dim = weights["routing_network.obs_encoder.0.weight"].shape[1]
@@ -909,26 +916,26 @@ def parse_arguments(argv=None):
     """The arguments, by default those of the run that --resume or --evaluate names; the path of its file; its progress:
     global step, updates, seconds, and whether an evaluation is due. Raises OSError if there is no such run."""
 
-    def source(resume: str | None = None, evaluate: str | None = None):
+    def find_run(resume: str | None = None, evaluate: str | None = None):
         return resume, evaluate
 
     # The first pass finds the run, the second has its options as defaults.
-    (resume, evaluate), _ = tyro.cli(source, args=argv, return_unknown_args=True, add_help=False)
+    (resume, evaluate), _ = tyro.cli(find_run, args=argv, return_unknown_args=True, add_help=False)
     start = (0, 0, 0.0, False)
     if resume is None and evaluate is None:
         return tyro.cli(Args, args=argv), None, start
     fixed = ["env_id", "num_modules", "top_k", "routing", "parallel_modules", "module_width"]
     fixed += ["encoder_widths", "router_widths"]
     if evaluate is None:
-        path, saved, old = load_saved(resume, "checkpoint.pt")
+        path, saved, defaults = load_saved(resume, "checkpoint.pt")
         fixed += ["goals", "seed", "envs_per_task", "results_dir", "run_name"]
     else:
-        path, saved, old = load_saved(evaluate, "actor.pt")
-        old.envs_per_task = 1
-    vars(old).update(device=Args.device, resume=None, evaluate=None)
-    vars(old).update(results_dir=str(path.parent.parent), run_name=path.parent.name)
-    args = tyro.cli(Args, args=argv, default=old)
-    changed = [name for name in fixed if getattr(args, name) != getattr(old, name)]
+        path, saved, defaults = load_saved(evaluate, "actor.pt")
+        defaults.envs_per_task = 1
+    vars(defaults).update(device=Args.device, resume=None, evaluate=None)
+    vars(defaults).update(results_dir=str(path.parent.parent), run_name=path.parent.name)
+    args = tyro.cli(Args, args=argv, default=defaults)
+    changed = [name for name in fixed if getattr(args, name) != getattr(defaults, name)]
     if changed or len(saved.get("replays", [0])) != RANKS:
         sys.exit(f"error: {path} was made with a different {', '.join(changed) or 'number of ranks'}")
     return args, path, saved.get("progress", start)

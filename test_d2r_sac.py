@@ -596,16 +596,16 @@ TWO_TASKS = f"--env-id 5,10 --learning-starts 40 --buffer-size 2000 --batch-size
 ENDLESS = f"{TWO_TASKS} --total-steps 1000000 --log-every 20 --run-name run"
 
 
-def snippet(title):
-    readme = (SCRIPT.parent / "README.md").read_text()
-    return re.search(rf"^## {title}$.*?^```python\n(.*?)^```", readme, re.DOTALL | re.MULTILINE)[1]
+def snippet(title, number=0):
+    section = (SCRIPT.parent / "README.md").read_text().split(f"\n## {title}\n")[1].split("\n## ")[0]
+    return re.findall(r"^```python\n(.*?)^```", section, re.DOTALL | re.MULTILINE)[number]
 
 
 @pytest.fixture
 def pendulums(monkeypatch):
-    exec(snippet("Change it"), names := {"__name__": "pendulums"})
-    monkeypatch.setattr(d2r, "task_names", names["task_names"])
-    monkeypatch.setattr(d2r, "make_env", names["make_env"])
+    for name in ("task_names", "make_env"):
+        monkeypatch.setattr(d2r, name, getattr(d2r, name))  # put back what the example replaces
+    exec(snippet("Change it"), {"__name__": "pendulums"})
 
 
 def main(*arguments, function=d2r.main):
@@ -679,25 +679,6 @@ def test_a_run_on_meta_world(tmp_path, capsys):
     assert main("--evaluate", run_dir / "actor.pt", "--eval-episodes", "2") == 0
     line = r": success [01]\.\d\d, return [0-9.]+, modules used [1-4]\.[0-9]\n"
     assert re.search(f"\nreach-v3{line}drawer-close-v3{line}mean of 2 episodes{line}$", capsys.readouterr().out)
-
-
-def test_a_kept_policy_is_evaluated(tmp_path, monkeypatch, capfd):
-    """One that was made with options which are gone, by a run that would be refused today; in one thread."""
-    saved, threads = torch.load(RESULTS / "three-tasks/actor.pt", weights_only=True), []
-    trained = {"precision": "float32", "device": "auto", "learning_starts": 10**9, "envs_per_task": 8}
-    torch.save(saved | {"args": saved["args"] | trained}, tmp_path / "actor.pt")
-    act = d2r.Agent.act
-    monkeypatch.setattr(d2r.Agent, "act", lambda *a, **b: threads.append(torch.get_num_threads()) or act(*a, **b))
-    torch.set_num_threads(2)
-    assert d2r.parse_arguments(["--evaluate", str(tmp_path)])[0].envs_per_task == 1  # whatever training had
-    assert main("--evaluate", tmp_path, "--eval-episodes", "2") == 0
-    lines = capfd.readouterr().out.splitlines()
-    assert lines[-3].startswith("drawer-close-v3: success 1.00") and lines[-2].startswith("door-close-v3: success 1.00")
-    assert {*threads} == {1}
-    agent, tasks = d2r.load_policy(tmp_path / "actor.pt")
-    assert tasks == ["reach-v3", "drawer-close-v3", "door-close-v3"] == agent.args.tasks
-    for name, weights in agent.actor.state_dict().items():
-        assert torch.equal(weights, saved["actor"][name])
 
 
 @pytest.mark.parametrize("E", [1, 2])
@@ -835,7 +816,7 @@ def test_track(tmp_path, pendulums, monkeypatch):
     assert main("--resume", tmp_path / "run", "--total-steps", "80") == 0
     (first, events), (second, _) = calls
     assert first["sync_tensorboard"] and first["config"]["total_steps"] == 60 and not events
-    assert first["id"] == second["id"] == "run" and second["resume"] == "allow"
+    assert first["id"] == second["id"] and first["id"].startswith("run-1") and second["resume"] == "allow"
     assert len([*tmp_path.glob("run/events*")]) == 2
 
 

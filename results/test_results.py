@@ -219,16 +219,36 @@ def test_use_it_elsewhere(capsys):
     assert len(errors) == 2 and errors[1] < errors[0] / 5 and not {"gym", "np", "tyro", "Args"} & set(names)
 
 
+def test_a_kept_policy_is_evaluated(tmp_path, monkeypatch, capfd):
+    """One that was made with options which are gone, by a run that would be refused today; in one thread."""
+    saved, threads = torch.load(RESULTS / "three-tasks/actor.pt", weights_only=True), []
+    trained = {"precision": "float32", "device": "auto", "learning_starts": 10**9, "envs_per_task": 8}
+    torch.save(saved | {"args": saved["args"] | trained}, tmp_path / "actor.pt")
+    act = d2r.Agent.act
+    monkeypatch.setattr(d2r.Agent, "act", lambda *a, **b: threads.append(torch.get_num_threads()) or act(*a, **b))
+    torch.set_num_threads(2)
+    assert d2r.parse_arguments(["--evaluate", str(tmp_path)])[0].envs_per_task == 1  # whatever training had
+    assert main("--evaluate", tmp_path, "--eval-episodes", "2") == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[-3].startswith("drawer-close-v3: success 1.00") and lines[-2].startswith("door-close-v3: success 1.00")
+    assert {*threads} == {1}
+    agent, tasks = d2r.load_policy(tmp_path / "actor.pt")
+    assert tasks == ["reach-v3", "drawer-close-v3", "door-close-v3"] == agent.args.tasks
+    for name, weights in agent.actor.state_dict().items():
+        assert torch.equal(weights, saved["actor"][name])
+
+
 def test_use_a_policy(monkeypatch):
     """README's example closes a drawer."""
     monkeypatch.chdir(SCRIPT.parent)
-    exec(snippet("Use a policy"), names := {})
+    exec(snippet("Use it elsewhere", 1), names := {})
     assert names["action"].shape == (3, 4) and names["routes"].shape == (3, 16, 2)
-    env = d2r.make_env("drawer-close-v3", names["args"], 1)
+    agent = names["agent"]
+    env = d2r.make_env("drawer-close-v3", agent.args, 1)
     obs, info = env.reset()[0], {"success": 0}
     while not info["success"]:
         names["obs"][1] = torch.from_numpy(obs)
-        obs, _, _, truncated, info = env.step(names["agent"].act(names["obs"], deterministic=True)[0][1].numpy())
+        obs, _, _, truncated, info = env.step(agent.act(names["obs"], deterministic=True)[0][1].numpy())
         assert not truncated
 
 
