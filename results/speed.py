@@ -106,7 +106,7 @@ def loop(args) -> list[float]:
     steps = stride * (1800 if args.device == "cuda" else 192_000 // args.batch_size)
     with tempfile.TemporaryDirectory() as results_dir:
         command = f"{sys.executable} {d2r.__file__} --env-id {args.env_id} --batch-size {args.batch_size} "
-        command += f"--envs-per-task {args.envs_per_task} --device {args.device} --learning-starts {args.batch_size} "
+        command += f"--envs-per-task {args.envs_per_task} --device {args.device} --learning-starts {stride} "
         command += f"--total-steps {steps} --log-every {steps // 6} --eval-every {100 * steps} --eval-episodes 1 "
         command += f"--results-dir {results_dir} --run-name run"
         options = ["--compile"] if args.device == "cuda" else []
