@@ -70,20 +70,20 @@ class Args:
     """Dynamic Depth Routing (D2R) with multi-task SAC. The defaults are the paper's."""
 
     env_id: str = "MT10"  # MT10, MT25, MT50, or Meta-World V3 tasks (reach-v3,drawer-close-v3)
-    goals: Literal["random", "fixed"] = "random"  # one of 50 for each episode, or always the same
+    goals: Literal["random", "fixed"] = "random"  # one of the task's 50 each episode, or always one
     episode_length: int = 200  # time limit of an episode, at most 500 steps
     envs_per_task: int = 1  # environments of each task (E); on a GPU use E times the batch_size
     # Budgets are summed over tasks, environments and ranks.
-    total_steps: int | None = None  # environment steps; None: 1_500_000 per task, MT50 1_000_000
-    buffer_size: int | None = None  # transitions; None: 100_000 per task, MT50 200_000
-    batch_size: int | None = None  # samples of an update, as many of each task; None: 128 of each
+    total_steps: int | None = None  # environment steps; None: 1_500_000 per task (MT50: 1_000_000)
+    buffer_size: int | None = None  # transitions kept; None: 100_000 per task (MT50: 200_000)
+    batch_size: int | None = None  # samples of an update, equally from all tasks; None: 128 each
     learning_starts: int | None = None  # steps before updates; None: 4,000 per task, at most a tenth of the run
-    eval_every: int | None = None  # steps between evaluations; None: a 100th of the run, or what one takes
+    eval_every: int | None = None  # steps between evaluations; None: a 100th of the run, or more
     eval_episodes: int = 32  # episodes of each task in an evaluation
     # Networks and routing
     num_modules: int = 16  # base modules of a network (M)
     top_k: int = 2  # sources of a module (K); 0: all that it may choose (soft routing)
-    routing: Literal["module", "layer", "model"] = "module"  # what a module may choose from (README)
+    routing: Literal["module", "layer", "model"] = "module"  # granularity: which modules one may read (README)
     parallel_modules: int = 4  # modules in a layer, or number of chains (P), for layer and model
     module_width: int = 128  # width of a base module (H)
     encoder_widths: tuple[int, ...] = (400, 400)  # layers of the state encoder; the last is also the task encoder's
@@ -102,7 +102,7 @@ class Args:
     max_task_loss: float = 3e3  # a task whose losses, weighted, sum to more is skipped in the update
     max_grad_norm: float = 1.0  # limit of gradients: of the actor, each critic, and log alpha
     # The run
-    seed: int = 1  # of the networks, the sampling and the goals
+    seed: int = 1  # seed of the networks, the sampling and the goals
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
     compile: bool = False  # torch.compile the networks; ignored on a CPU
     results_dir: str = "results"  # directory of the run directories
@@ -689,7 +689,8 @@ def evaluate(args, agent, envs, stop):
     table = sums / args.eval_episodes  # (T, 3)
     table[:, 2] = np.reshape(depths, (-1, T)).mean(0)
     for task, row in zip([*args.tasks, f"mean of {args.eval_episodes} episodes"], [*table, table.mean(0)]):
-        print("{}: success {:.2f}, return {:.1f}, modules used {:.1f}".format(task, *row), flush=True)
+        text = "success {:.2f}, return {:.1f}, modules used {:.1f}".format(*row)
+        print(f"{task}: {text.removeprefix('success nan, ')}", flush=True)
     return dict(zip(["success", "return", "modules_used"], table.T))
 
 

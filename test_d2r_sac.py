@@ -588,7 +588,7 @@ def test_evaluation_by_hand(monkeypatch, capsys):
     assert results["success"][0] == pytest.approx(1 / 4) and math.isnan(results["success"][1])
     assert results["return"].tolist() == pytest.approx([(2 + 2 + 9 + 3) / 4, (1 + 1 + 1 + 6) / 4])
     assert results["modules_used"].tolist() == pytest.approx([5 / 3, 1])
-    assert "a: success 0.25, return 4.0, modules used 1.7\nb: success nan" in capsys.readouterr().out
+    assert "a: success 0.25, return 4.0, modules used 1.7\nb: return 2.2" in capsys.readouterr().out
 
 
 # -------------------------------------------------------------------------------------------------------- end to end

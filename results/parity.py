@@ -23,20 +23,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import d2r_sac as d2r
 
 T, OBS, ACTION, M, K = 10, 39, 4, 16, 2
-NAMES = {"base.fc0": "routing_network.obs_encoder.0", "base.fc1": "routing_network.obs_encoder.2"}
-NAMES |= {"em_base.fc0": "routing_network.task_encoder", "last": "base_modules.head"}
-NAMES |= {f"depth_route_net.gates.{i}": f"routing_network.router.{2 * i}" for i in range(3)}
-NAMES |= {f"depth_route_net.module_fcs.{i}": f"base_modules.module.{i}" for i in range(M)}
 
 
 def pairs(theirs, ours):
-    """(their parameter, our parameter) of two networks."""
-    own = dict(ours.named_parameters())
-    for name, parameter in theirs.named_parameters():
-        if name != "gumbel_temperature":  # the route temperatures, which we keep outside of the networks
-            layer, leaf = name.rsplit(".", 1)
-            yield parameter, own.pop(f"{NAMES[layer]}.{leaf}")
-    assert not own, own.keys()
+    """(their parameter, our parameter) of two networks, without their route temperatures, which come first."""
+    own = [*ours.parameters()]  # encoders, router, modules, head; in theirs the router stands behind the modules
+    own = own[:6] + own[12 : 12 + 2 * M] + own[6:12] + own[12 + 2 * M :]
+    return zip([*theirs.parameters()][1:], own, strict=True)
 
 
 def difference(theirs, ours) -> float:
@@ -67,10 +60,9 @@ def agents(sample_k):
     networks += zip((theirs.target_qf1, theirs.target_qf2), ours.target_critics)
     scales = {"depth_route_net.gates.2": 10, "last": 0.02}  # decided routes; like the initial head
     for network, own in networks:
-        for name, parameter in network.named_parameters():
-            if name != "gumbel_temperature":
-                scale = scales.get(name.rsplit(".", 1)[0], 1.5)
-                torch.nn.init.normal_(parameter, std=scale / parameter.shape[-1] ** 0.5)
+        for name, parameter in [*network.named_parameters()][1:]:
+            scale = scales.get(name.rsplit(".", 1)[0], 1.5)
+            torch.nn.init.normal_(parameter, std=scale / parameter.shape[-1] ** 0.5)
         for parameter, weights in pairs(network, own):
             weights.data.copy_(parameter)
     ours.log_alpha.data = torch.linspace(-2, 0, T)
