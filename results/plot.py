@@ -81,9 +81,9 @@ def plot(run: Path, out: Path | None = None) -> None:
         axis.grid(alpha=0.3)
         axis.tick_params(labelsize=8)
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
     for axis in axes.flat[len(panels) :]:
         axis.remove()
-    axes.flat[len(panels) - 1].set_ylim(bottom=0)
     figure.supylabel(kind, fontsize=9)
     figure.supxlabel("environment steps, summed over tasks", fontsize=9)
     axes.flat[0].legend(fontsize=7, frameon=False)

@@ -112,8 +112,9 @@ def plot_paths(steps, args, path):
         print(title)
     for axis in axes.flat[len(args.tasks) :]:
         axis.remove()
-    text = "blue: share of steps that use a module; width of an edge: mean weight × share of steps that choose it"
-    figure.supxlabel(text, fontsize=9)
+    text = "blue: share of steps that use a module; width of an edge: mean weight × share of steps that choose it; "
+    text += "±: standard deviation over steps"
+    figure.supxlabel(text, fontsize=8)
     save(figure, path)
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -208,6 +209,14 @@ def test_the_kept_ablation_is_what_its_script_runs(tmp_path, capsys):
         assert changed <= {"results_dir", "run_name", "resume", "device"}
     assert main("--jobs", "0", "--out", tmp_path, function=command(ablation)) == 0
     assert capsys.readouterr().out.partition(str(tmp_path))[0] in (RESULTS / "README.md").read_text()
+
+
+def test_the_commands_of_the_front_page_are_understood(monkeypatch):
+    monkeypatch.chdir(SCRIPT.parent)
+    readme = (SCRIPT.parent / "README.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^(?:[A-Z_]+=1 |pip .* && )?python d2r_sac\.py (.*)$", readme, re.MULTILINE)
+    known = [d2r.parse_arguments(shlex.split(command))[0] for command in commands if "RUN" not in command]
+    assert [len(args.tasks) for args in known] == [10, 3, 3, 10]
 
 
 def test_use_it_elsewhere(capsys):
