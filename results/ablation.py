@@ -101,8 +101,8 @@ def plot(runs: dict[str, np.ndarray], path: Path) -> None:
         axis.set(title=name, ylim=(0, 1.02))
         axis.grid(alpha=0.3)
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-    figure.supxlabel("environment steps, summed over tasks", fontsize="medium")
-    figure.supylabel("success rate", fontsize="medium")
+    figure.supxlabel("environment steps, summed over tasks (grey: d2r)", fontsize="medium")
+    figure.supylabel("success rate, mean and range over seeds", fontsize="medium")
     save(figure, path)
 
 

@@ -27,7 +27,7 @@ PUBLISHED = {
     "MTMHSAC, 1.4M parameters": (PINK, (0.41, 0.64, 0.72, 0.75, 0.86, 0.86, 0.86)),
     "MTSAC, 1.4M parameters": (RED, (0.39, 0.66, 0.72, 0.75, 0.83, 0.85, 0.85)),
 }
-KEPT = {"MT10-cpu": BLUE, "MT10-gpu": ORANGE}
+KEPT = {"MT10-cpu": (BLUE, 3_004_490, 0.54), "MT10-gpu": (ORANGE, 622_000, 0.53)}  # policies: steps, success
 # MT10-gpu's machine was gone before it could save these: they are from the terminal.
 NOT_SAVED = {"MT10-gpu": [(750_000, 0.59), (1_000_000, 0.56)]}
 
@@ -73,7 +73,8 @@ def plot(run: Path, out: Path | None = None) -> None:
     size = (2.1 * columns, 1.75 * lines + 0.5)
     figure, axes = plt.subplots(lines, columns, figsize=size, sharex=True, squeeze=False, layout="constrained")
     for axis, (name, title) in zip(axes.flat, panels.items()):
-        axis.plot(*curve(rows, f"train_{name}"), color=SKY, linewidth=0.8, alpha=0.8, label="training")
+        training = curve(rows, f"train_{name}")
+        axis.plot(*training, color=SKY, linewidth=0.8, label="training" if training[0] else None)
         axis.plot(*curve(rows, name), color=BLUE, marker="o", markersize=3, label="evaluations")
         axis.set_title(title, fontsize=9)
         if name.startswith("success"):
@@ -93,10 +94,11 @@ def plot(run: Path, out: Path | None = None) -> None:
 def plot_mt10(out: Path) -> None:
     """mt10.png: the runs of MT10 that are kept, beside published ones."""
     figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
-    for name, color in KEPT.items():
+    for name, (color, *policy) in KEPT.items():
         steps, success = curve(read(RESULTS / name), "success")
         points = [*zip(steps, success), *NOT_SAVED.get(name, [])]
         axis.plot(*zip(*points), color=color, linewidth=2.2, marker="o", markersize=5, label=f"D2R, {name}")
+        axis.plot(*policy, color=color, marker="*", markersize=17, markeredgecolor="black", linestyle="")
     axis.plot([], [], " ", label="arXiv 2503.05126, ten seeds, episodes of 500 steps:")
     for name, (color, success) in PUBLISHED.items():
         axis.plot(STEPS, success, color=color, linewidth=1.2, linestyle="--", marker=".", label=name)
@@ -106,7 +108,7 @@ def plot_mt10(out: Path) -> None:
     axis.set_xticks([], minor=True)
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     axis.grid(alpha=0.3)
-    title = "this file, one seed, episodes of 200 steps:"
+    title = "this file, one seed, episodes of 200 steps\n(★ the policy that is kept):"
     axis.legend(frameon=False, fontsize="small", title=title, title_fontsize="small", alignment="left")
     save(figure, out / "mt10.png")
 
