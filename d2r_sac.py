@@ -136,7 +136,7 @@ class Args:
         counts = (self.envs_per_task, self.batch_size, self.eval_every, self.eval_episodes, self.log_every)
         least = max(self.batch_size, self.envs_per_task * T * RANKS)
         mistakes = {
-            f"--run-name: {self.run_dir} exists": self.resume is None and self.run_dir.exists(),
+            f"--run-name: {self.run_dir} exists; --resume continues it": self.resume is None and self.run_dir.exists(),
             "--envs-per-task, --batch-size, --eval-every, --eval-episodes, --log-every: at least 1": min(counts) < 1,
             "--initial-alpha must be positive, and at most 1": not 0 < self.initial_alpha <= 1,
             "--episode-length must lie between 1 and 500": self.episode_length not in range(1, 501),
@@ -729,8 +729,8 @@ def train(args, envs, path, progress, seed, stop):
     n = args.batch_size // (T * RANKS)  # samples of each task in an update
     finished = global_step >= args.total_steps and not eval_due
     started = time.time() - seconds
-    saved_at = row_at = time.time()
-    row_step = global_step
+    saved_at = time.time()
+    row_start = (global_step, time.time())
     losses = {}
     sums = torch.zeros(T, 3)  # successes, returns and number of the episodes since the last row
     act = CUDAGraph(agent.act)
@@ -741,6 +741,8 @@ def train(args, envs, path, progress, seed, stop):
         action, routes = act(torch.as_tensor(obs, dtype=torch.float32).to(args.device, non_blocking=True))
         action = action.to("cpu", non_blocking=True)
         learning = global_step >= args.learning_starts
+        if learning and updates == 0:  # rows show the speed with updates
+            row_start = (global_step, time.time())
         if cuda:  # queue the update (Learn) behind acting, then wait for the action
             acted = torch.cuda.current_stream().record_event()
             losses = update(*replay.sample(n)) if learning else losses
@@ -765,12 +767,14 @@ def train(args, envs, path, progress, seed, stop):
         global_step += stride
 
         # Evaluate and log
+        if RANK == 0 and sys.stdout.isatty():
+            print(f"step {global_step:,}", end="\r", flush=True)  # the next line overwrites it
         finished = global_step >= args.total_steps
         # A multiple of eval_every was crossed if the remainder is smaller than a step.
         eval_due |= learning and (finished or global_step % args.eval_every < stride)
         if RANK == 0 and (eval_due or (learning and global_step % args.log_every < stride)):
             row = {"global_step": global_step, "updates": updates, "seconds": time.time() - started}
-            row["steps_per_second"] = (global_step - row_step) / (time.time() - row_at)
+            row["steps_per_second"] = (global_step - row_start[0]) / (time.time() - row_start[1])
             metrics = dict.fromkeys(["success", "return", "modules_used"], math.nan)
             metrics["train_success"], metrics["train_return"], _ = (sums / sums[:, 2:]).T
             metrics["alpha"] = agent.log_alpha.detach().exp()
@@ -783,8 +787,7 @@ def train(args, envs, path, progress, seed, stop):
                 obs, _ = envs.reset()
             write_row(args, tensorboard, row, metrics | losses)
             sums.zero_()
-            row_step = global_step
-            row_at = time.time()
+            row_start = (global_step, time.time())
 
         # Save, and end: all ranks after the same step
         finished |= len(stop) > 0
@@ -797,7 +800,9 @@ def train(args, envs, path, progress, seed, stop):
             save_run(args, agent, replay, (global_step, updates, time.time() - started, eval_due))
             saved_at = time.time()
     if RANK == 0:
-        print(f"ended at step {global_step:,} of {args.total_steps:,}; to continue: --resume {args.run_dir}")
+        more = " --total-steps MORE" if global_step >= args.total_steps else ""
+        command = f"python {sys.argv[0]} --resume {args.run_dir}{more}"
+        print(f"ended at step {global_step:,} of {args.total_steps:,}; to continue: {command}")
 
 
 # ------------------------------------------------------------------------------------------- log, checkpoints and main
@@ -894,16 +899,19 @@ def save_run(args, agent, replay, progress):
 def load_saved(path, name):
     """A file, or the one of this name in a run's directory: its path, content, and arguments with the tasks."""
     path = Path(path, name) if Path(path).is_dir() else Path(path)
-    saved = torch.load(path, map_location="cpu", mmap=True)
     args = Args.__new__(Args)  # without __post_init__; what it lacks has its default
-    vars(args).update(saved["args"])
-    args.tasks = task_names(args.env_id)
+    try:
+        saved = torch.load(path, map_location="cpu", mmap=True)
+        vars(args).update(saved["args"])
+        args.tasks = task_names(args.env_id)
+    except (RuntimeError, ValueError) as error:  # no file of a run, or one of other environments
+        raise OSError(f"{path} cannot be used: {error}") from error
     return path, saved, args
 
 
 def load_policy(path, device="cpu"):
     """The Agent of a run's directory, or of an actor.pt, with untrained critics; and the names of its tasks. What was
-    swapped for the training (task_names, BaseModule) must be swapped here, too. Raises OSError if there is no file."""
+    swapped for the training (task_names, BaseModule) must be swapped here, too. Raises OSError if the file is missing or unusable."""
     _, saved, args = load_saved(path, "actor.pt")
     weights = saved["actor"]
     obs_dim = weights["routing_network.obs_encoder.0.weight"].shape[1]
@@ -962,7 +970,7 @@ def main(argv=None):
         else:
             handlers = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
         if RANK == 0:
-            print(f"starting {args.envs_per_task * len(args.tasks)} environments", flush=True)
+            print(f"starting environments: {args.envs_per_task * len(args.tasks)}", flush=True)
         seed = args.seed + 10_000 * RANK + progress[0]  # after a resume other goals and noise
         envs = make_envs(args, seed)  # before CUDA starts
         train(args, envs, path, progress, seed, stop)

@@ -59,10 +59,13 @@ def train(run: Path, options: str) -> bool:
     if (run / "checkpoint.pt").exists():
         options = ["--resume", str(run)]
     with open(f"{run}.log", "a") as log:
+        print(f"training {run.name}, see {log.name}", flush=True)
         command = [sys.executable, SCRIPT, *options]
-        process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        # In a session of its own, so that Ctrl-C reaches it through `stop` only.
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     PROCESSES.append(process)
-    print(f"{run.name}: exit code {process.wait()}, see {log.name}", flush=True)
+    print(f"{run.name} ended with exit code {process.wait()}", flush=True)
     return process.returncode == 0 and not STOP
 
 
@@ -121,6 +124,10 @@ def main(
     todo = {f"{name}-seed{seed}": f"{chosen[name]} --seed {seed}" for seed in seeds for name in chosen}
     with ThreadPoolExecutor(max(jobs, 1)) as pool:
         ended = [pool.submit(train, RUNS / name, todo[name]) for name in todo if jobs]
+    if STOP:
+        sys.exit(128 + STOP[0])
+    if not all(run.result() for run in ended):
+        sys.exit("error: a run failed; the same command continues it, --jobs 0 shows the finished ones")
     finished = {name: [] for name in VARIANTS}
     for run in sorted(RUNS.glob("*-seed*/")):
         if rows := evaluations(run):
@@ -129,8 +136,6 @@ def main(
     if runs:
         print(table(runs), end="")
         plot(runs, directory(RUNS, out) / "curves.png")
-    if not all(run.result() for run in ended):
-        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ import numpy as np
 import tyro
 from PIL import Image
 from plot import BLUE, directory
-from routing import Graph, Steps, d2r, rollout
+from routing import Graph, Steps, d2r, load_policy, rollout
 
 FRAMES_PER_SECOND, FRAMES, STEPS_AFTER_SUCCESS, WIDTH = 10, 80, 15, 840  # WIDTH in pixels
 
@@ -105,7 +105,7 @@ def draw(args, titles, episodes, shown):
 
 
 def main(run: tyro.conf.Positional[Path], task: tuple[str, ...] = (), out: Path | None = None) -> None:
-    agent, tasks = d2r.load_policy(run)
+    agent, tasks = load_policy(run)
     chosen = task or tasks
     if not {*chosen} <= {*tasks}:
         sys.exit(f"error: the tasks of this run are {', '.join(tasks)}")

@@ -52,7 +52,7 @@ def read(run: Path) -> list[dict]:
     path = run / "progress.csv"
     rows = [*csv.DictReader(path.read_text().splitlines())] if path.exists() else []
     if not rows:
-        sys.exit(f"error: there is no row in {path} yet; rows begin with the updates")
+        sys.exit(f"error: {path} does not exist, or has no row yet; rows begin with the updates")
     return rows
 
 

@@ -38,6 +38,13 @@ class Steps(NamedTuple):
     ended: np.ndarray  # the episode's last step
 
 
+def load_policy(run: Path):
+    try:
+        return d2r.load_policy(run)
+    except OSError as error:
+        sys.exit(f"error: {error}")
+
+
 @torch.no_grad()
 def rollout(agent, envs, tasks: list[int]):
     """Act in envs, of the tasks with these indices, as an evaluation does, for ever: Steps, one by one."""
@@ -136,7 +143,7 @@ def plot_tsne(steps, tasks, path):
 
 
 def main(run: tyro.conf.Positional[Path], episodes: int = 10, out: Path | None = None) -> None:
-    agent, tasks = d2r.load_policy(run)
+    agent, tasks = load_policy(run)
     steps = record(agent, episodes)
     out = directory(run, out)
     plot_paths(steps, agent.args, out / "paths.png")

@@ -133,6 +133,9 @@ def test_film(policy, monkeypatch, capsys):
         assert len(frames) == 9 and all((one != two).any() for one, two in itertools.pairwise(frames))
     assert main(policy[0], "--task", "push-v3", function=command(film)) == 1
     assert "the tasks of this run are reach-v3, drawer-close-v3" in capsys.readouterr().err
+    for script in (film, routing):
+        assert main(policy[0] / "none", function=command(script)) == 1
+        assert capsys.readouterr().err.startswith("error: [Errno 2] No such file")
 
 
 def test_plots(tmp_path):
@@ -148,7 +151,7 @@ def test_plots(tmp_path):
         training, evaluations = plot.plt.gcf().axes[0].get_lines()
         assert list(evaluations.get_ydata()) == evaluated and list(training.get_ydata()) == trained
     assert {path.name for path in tmp_path.glob("*.png")} == {"mt10.png", "progress.png"}
-    with pytest.raises(SystemExit, match="there is no row in .*none/progress.csv yet"):
+    with pytest.raises(SystemExit, match="none/progress.csv does not exist, or has no row yet"):
         plot.read(tmp_path / "none")
 
 
@@ -188,12 +191,15 @@ def test_ablation(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ablation, "RUNS", tmp_path)
     options = ["--seeds", "1", "2", "--variant", "k3=--top-k 3", "model", "--jobs", "1", "--out", tmp_path]
     assert main(*options, function=command(ablation)) == 1  # the second seed of k3 fails
+    out, err = capsys.readouterr()
+    assert "k3-seed2 ended with exit code 1\n" in out and "| d2r" not in out and "a run failed" in err
     new = {"k3-seed2": "--top-k 3 --seed 2"}
     new |= {f"model-seed{seed}": f"{ablation.VARIANTS['model']} --seed {seed}" for seed in (1, 2)}
     new = {f"{ablation.ARGUMENTS} {o} --run-name {name} --results-dir {tmp_path}" for name, o in new.items()}
     assert {*commands} == {f"--resume {tmp_path}/k3-seed1", *new}
+    assert main("--jobs", "0", "--out", tmp_path, function=command(ablation)) == 0
     out = capsys.readouterr().out
-    assert "| d2r | 2 | 0.25 (0.10 to 0.40) | 4.0 |\n" in out and "k3-seed2: exit code 1, see " in out
+    assert "| d2r | 2 | 0.25 (0.10 to 0.40) | 4.0 |\n" in out
     assert "| k3" not in out and (tmp_path / "curves.png").exists()
     assert main("--variant", "none", function=command(ablation)) == 1
 
@@ -225,7 +231,9 @@ def test_use_it_elsewhere(capsys):
     assert code.count("# (paste here)\n") == 1
     exec(code.replace("# (paste here)\n", block), names := {})
     errors = [float(error) for error in re.findall(r"error ([0-9.]+)", capsys.readouterr().out)]
-    assert len(errors) == 2 and errors[1] < errors[0] / 5 and not {"gym", "np", "tyro", "Args"} & set(names)
+    printed = (SCRIPT.parent / "README.md").read_text().split("```\nerror ")[1].split("\n```")[0]
+    assert errors == [float(line.split(",")[0]) for line in printed.split("\nerror ")]
+    assert not {"gym", "np", "tyro", "Args"} & set(names)
 
 
 def test_a_kept_policy_is_evaluated(tmp_path, monkeypatch, capfd):
