@@ -70,11 +70,13 @@ def plot(run: Path, out: Path | None = None) -> None:
     panels = {kind: "mean", **{f"{kind}/{task}": task for task in tasks}, "modules_used": "modules used"}
     lines = -(-len(panels) // 6)
     columns = -(-len(panels) // lines)
-    size = (2.1 * columns, 1.75 * lines + 0.5)
+    size = (2.1 * columns, 1.75 * lines + 0.7)
     figure, axes = plt.subplots(lines, columns, figsize=size, sharex=True, squeeze=False, layout="constrained")
     for axis, (name, title) in zip(axes.flat, panels.items()):
-        training = curve(rows, f"train_{name}")
-        axis.plot(*training, color=SKY, linewidth=0.8, label="training" if training[0] else None)
+        steps, values = curve(rows, f"train_{name}")
+        n = max(len(values) // 20, 1)
+        means = [sum(values[max(i - n, 0) : i]) / min(i, n) for i in range(1, len(values) + 1)]
+        axis.plot(steps, means, color=SKY, linewidth=1, label=f"training, mean of {n} rows" if steps else None)
         axis.plot(*curve(rows, name), color=BLUE, marker="o", markersize=3, label="evaluations")
         axis.set_title(title, fontsize=9)
         if name.startswith("success"):
@@ -83,11 +85,14 @@ def plot(run: Path, out: Path | None = None) -> None:
         axis.tick_params(labelsize=8)
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
+    for axis in axes.flat[len(panels) - columns : len(panels)]:
+        axis.tick_params(labelbottom=True)
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     figure.supylabel(kind, fontsize=9)
     figure.supxlabel("environment steps, summed over tasks", fontsize=9)
-    axes.flat[0].legend(fontsize=7, frameon=False)
+    shown = axes.flat[0].get_legend_handles_labels()
+    figure.legend(*shown, loc="outside upper right", ncols=2, fontsize=8, frameon=False)
     save(figure, directory(run, out) / "progress.png")
 
 

@@ -145,7 +145,9 @@ def test_plots(tmp_path):
     lines = {line.get_label(): line.get_ydata().tolist() for line in plot.plt.gca().get_lines()}
     assert lines["D2R, MT10-gpu"] == [0.185, 0.485, 0.59, 0.56] and {*plot.PUBLISHED} < {*lines}
     header = "global_step,success,success/a,return,return/a,train_return,modules_used,modules_used/a\n"
-    for rows, evaluated, trained in (("50,,,,,-9,,\n", [], [-9]), ("50\n500,,,-7,-7,,3,3\n", [-7], [])):
+    forty = "".join(f"{i},,,,,{i},,\n" for i in range(40))  # means of two rows
+    cases = [("50,,,,,-9,,\n", [], [-9]), ("50\n500,,,-7,-7,,3,3\n", [-7], [])]
+    for rows, evaluated, trained in (*cases, (forty, [], [0, *np.arange(0.5, 39)])):
         (tmp_path / "progress.csv").write_text(header + rows)
         plot.plot(tmp_path)
         training, evaluations = plot.plt.gcf().axes[0].get_lines()
