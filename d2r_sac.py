@@ -103,7 +103,7 @@ class Args:
     max_grad_norm: float = 1.0  # limit of gradients: of the actor, each critic, and log alpha
     # The run
     seed: int = 1  # seed of the networks, the sampling and the goals
-    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # default: a GPU, if there is one
     compile: bool = False  # torch.compile the networks; ignored on a CPU
     results_dir: str = "results"  # directory of the run directories
     run_name: str | None = None  # name of the run's directory; None: such as MT10-random-seed1
@@ -688,7 +688,7 @@ def evaluate(args, agent, envs, stop):
             sums[i % T] += infos["final_info"]["summary"][i]
     table = sums / args.eval_episodes  # (T, 3)
     table[:, 2] = np.reshape(depths, (-1, T)).mean(0)
-    for task, row in zip([*args.tasks, f"mean of {args.eval_episodes} episodes"], [*table, table.mean(0)]):
+    for task, row in zip([*args.tasks, f"mean ({args.eval_episodes} episodes each)"], [*table, table.mean(0)]):
         text = "success {:.2f}, return {:.1f}, modules used {:.1f}".format(*row)
         print(f"{task}: {text.removeprefix('success nan, ')}", flush=True)
     return dict(zip(["success", "return", "modules_used"], table.T))

@@ -683,7 +683,7 @@ def test_a_run_on_meta_world(tmp_path, monkeypatch, capsys):
         assert number or not any(value for name, value in record.items() if "train" in name)
     assert main("--evaluate", run_dir / "actor.pt", "--eval-episodes", "2") == 0
     line = r": success [01]\.\d\d, return [0-9.]+, modules used [1-4]\.[0-9]\n"
-    assert re.search(f"\nreach-v3{line}drawer-close-v3{line}mean of 2 episodes{line}$", capsys.readouterr().out)
+    assert re.search(f"\nreach-v3{line}drawer-close-v3{line}mean \\(2 episodes each\\){line}$", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("E", [1, 2])

@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""Compare variants of D2R on five tasks: python results/ablation.py [--seeds 1 2 3] [--jobs 2] [--out DIR].
+"""Compare variants of D2R: python results/ablation.py [--benchmark MT10] [--seeds 1 2 3] [--jobs 2] [--out DIR].
 
-Trains each variant with each seed, two runs at a time with a thread each, 200,000 environment steps, in
-results/ablation/VARIANT-seedSEED; then prints a table of all finished runs there, and writes curves.png to where
-plot.py would. --jobs 0 does only that. The same command continues after Ctrl-C or SIGTERM. For a variant of your own:
+Trains each variant of a benchmark with each seed, two runs at a time with a thread each, in
+results/BENCHMARK/VARIANT-seedSEED; then prints a table of all finished runs there, and writes curves.png to where
+plot.py would. --jobs 0 does only that. The same command continues after Ctrl-C or SIGTERM. The benchmarks are
+
+    ablation      D2R and its ablations on five tasks, 200,000 environment steps
+    comparison    D2R and MT-SAC on MT10, a million steps
+
+A variant whose name begins with mt-sac trains mtsac.py instead of d2r_sac.py. For one of your own:
 
     python results/ablation.py --variant "k3=--top-k 3"
 """
@@ -16,6 +21,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -23,23 +29,35 @@ import tyro
 from matplotlib.ticker import EngFormatter
 from plot import BLUE, directory, save
 
-SCRIPT = Path(__file__).parent.parent / "d2r_sac.py"
-RUNS = Path(os.path.relpath(Path(__file__).parent / "ablation"))  # args.json shall not tell where the checkout is
-ARGUMENTS = (
-    "--env-id reach-v3,drawer-close-v3,door-close-v3,window-close-v3,button-press-topdown-v3 --num-modules 8 "
-    "--module-width 64 --encoder-widths 128 128 --router-widths 64 --batch-size 160 --learning-rate 1e-3 "
-    "--initial-alpha 0.003 --learning-starts 5000 --total-steps 200000 --eval-every 10000 --eval-episodes 10 "
-    "--log-every 2000 --checkpoint-minutes 5"
-)
+HERE = Path(os.path.relpath(Path(__file__).parent))  # args.json shall not tell where the checkout is
+SMALL = "--num-modules 8 --module-width 64 --encoder-widths 128 128 --router-widths 64"
+ARGUMENTS = {
+    "ablation": (
+        "--env-id reach-v3,drawer-close-v3,door-close-v3,window-close-v3,button-press-topdown-v3 --batch-size 160 "
+        "--learning-rate 1e-3 --initial-alpha 0.003 --learning-starts 5000 --total-steps 200000 --eval-every 10000 "
+        "--eval-episodes 10 --log-every 2000 --checkpoint-minutes 5"
+    ),
+    "comparison": (
+        "--env-id MT10 --batch-size 320 --learning-rate 1e-3 --initial-alpha 0.003 --alpha-learning-rate 1e-5 "
+        "--learning-starts 10000 --total-steps 1000000 --eval-every 50000 --eval-episodes 20"
+    ),
+}
 VARIANTS = {
-    "d2r": "",
-    "no-resrouting": "--no-resrouting",
-    "no-route-balancing": "--no-route-balancing",
-    "no-sample-k": "--no-sample-k",
-    "top-k-1": "--top-k 1",
-    "layer": "--routing layer --parallel-modules 4",
-    "model": "--routing model --parallel-modules 4",
-    "no-routing": "--routing model --parallel-modules 1",
+    "ablation": {
+        "d2r": "",
+        "no-resrouting": "--no-resrouting",
+        "no-route-balancing": "--no-route-balancing",
+        "no-sample-k": "--no-sample-k",
+        "top-k-1": "--top-k 1",
+        "layer": "--routing layer --parallel-modules 4",
+        "model": "--routing model --parallel-modules 4",
+        "no-routing": "--routing model --parallel-modules 1",
+    },
+    "comparison": {
+        "d2r": "",
+        "mt-sac": "--routing model --parallel-modules 1 --num-modules 3 --module-width 128 --router-widths 8 "
+        "--no-resrouting --no-sample-k",
+    },
 }
 PROCESSES = []
 STOP = []  # signals that came
@@ -55,87 +73,107 @@ def train(run: Path, options: str) -> bool:
     """A run, or what is left of it. Returns whether it is finished."""
     if evaluations(run) or STOP:
         return not STOP
-    options = [*f"{ARGUMENTS} {options} --run-name {run.name}".split(), "--results-dir", str(run.parent)]
+    options = [*options.split(), "--run-name", run.name, "--results-dir", str(run.parent)]
     if (run / "checkpoint.pt").exists():
         options = ["--resume", str(run)]
+    script = HERE / "mtsac.py" if run.name.startswith("mt-sac") else HERE.parent / "d2r_sac.py"
     with open(f"{run}.log", "a") as log:
         print(f"training {run.name}, see {log.name}", flush=True)
-        command = [sys.executable, SCRIPT, *options]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         # In a session of its own, so that Ctrl-C reaches it through `stop` only.
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(
+            [sys.executable, script, *options], env=environment, stdout=log, stderr=log, start_new_session=True
+        )
     PROCESSES.append(process)
     print(f"{run.name} ended with exit code {process.wait()}", flush=True)
     return process.returncode == 0 and not STOP
 
 
-def evaluations(run: Path) -> list[list[float]]:
-    """Step, success and modules used of each evaluation of a run, if it is finished; else nothing."""
+def evaluations(run: Path) -> list[dict[str, float]]:
+    """The evaluations of a run, if it is finished; else nothing."""
     if not (run / "progress.csv").exists():
         return []
     rows = csv.DictReader((run / "progress.csv").read_text().splitlines())
-    names = ("global_step", "success", "modules_used")
-    rows = [[float(row[name]) for name in names] for row in rows if row["modules_used"]]
+    rows = [{name: float(value or "nan") for name, value in row.items()} for row in rows if row["success"]]
     total = json.loads((run / "args.json").read_text())["args"]["total_steps"]
-    return rows if rows and rows[-1][0] >= total else []
+    return rows if rows and rows[-1]["global_step"] >= total else []
 
 
-def table(runs: dict[str, np.ndarray]) -> str:
-    """A row for each variant, of the evaluations of its seeds: (seeds, evaluations, 3)."""
-    text = "| variant | seeds | success, last five evaluations: mean, range | modules used |\n"
-    text += "|---|---|---|---|\n"
+def values(seeds: list[list[dict]], name: str) -> np.ndarray:
+    """A column of the evaluations of a variant's runs, (seeds, evaluations)."""
+    return np.array([[row[name] for row in rows] for rows in seeds])
+
+
+def table(runs: dict[str, list]) -> str:
+    """A row for each variant. Success is that of the last five evaluations; its area is the mean of all."""
+    tasks = [name.removeprefix("success/") for name in next(iter(runs.values()))[0][0] if name.startswith("success/")]
+    between = lambda means: f"{means.mean():.2f} ({means.min():.2f} to {means.max():.2f})"
+    text = "| variant | seeds | success: mean, range | area: mean, range | modules used | "
+    text += " | ".join(task.removesuffix("-v3") for task in tasks) + " |\n" + "|---" * (len(tasks) + 5) + "|\n"
     for name, seeds in runs.items():
-        _, success, modules = seeds[:, -5:].mean(1).T
-        between = f"{success.mean():.2f} ({success.min():.2f} to {success.max():.2f})"
-        text += f"| {name} | {len(seeds)} | {between} | {modules.mean():.1f} |\n"
+        success = values(seeds, "success")
+        cells = [name, str(len(seeds)), between(success[:, -5:].mean(1)), between(success.mean(1))]
+        cells += [f"{values(seeds, 'modules_used')[:, -5:].mean():.1f}"]
+        cells += [f"{values(seeds, f'success/{task}')[:, -5:].mean():.2f}" for task in tasks]
+        text += "| " + " | ".join(cells) + " |\n"
     return text
 
 
-def plot(runs: dict[str, np.ndarray], path: Path) -> None:
+def plot(runs: dict[str, list], path: Path) -> None:
     """A panel for each variant: mean success over its seeds and their range; in grey the first variant's mean."""
-    size = (10.4, 2.3 * -(-len(runs) // 4))
-    figure, axes = plt.subplots(-(-len(runs) // 4), 4, figsize=size, sharex=True, sharey=True, layout="constrained")
-    grey = next(iter(runs.values())).mean(0)
+    columns = min(len(runs), 4)
+    lines = -(-len(runs) // columns)
+    size = (2.6 * columns, 2.3 * lines)
+    figure, axes = plt.subplots(lines, columns, figsize=size, sharex=True, sharey=True, squeeze=False)
+    figure.set_layout_engine("constrained")
+    first = values(next(iter(runs.values())), "success").mean(0)
     for axis, (name, seeds) in zip(axes.flat, runs.items()):
-        steps = seeds[0, :, 0]
-        axis.plot(grey[:, 0], grey[:, 1], color="0.7", linewidth=1)
-        axis.fill_between(steps, seeds[..., 1].min(0), seeds[..., 1].max(0), color=BLUE, alpha=0.2, linewidth=0)
-        axis.plot(steps, seeds[..., 1].mean(0), color=BLUE)
+        steps = values(seeds, "global_step")[0]
+        success = values(seeds, "success")
+        axis.plot(steps, first, color="0.7", linewidth=1)
+        axis.fill_between(steps, success.min(0), success.max(0), color=BLUE, alpha=0.2, linewidth=0)
+        axis.plot(steps, success.mean(0), color=BLUE)
         axis.set(title=name, ylim=(0, 1.02))
         axis.grid(alpha=0.3)
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-    figure.supxlabel("environment steps, summed over tasks (grey: d2r)", fontsize="medium")
+    figure.supxlabel(f"environment steps, summed over tasks (grey: {next(iter(runs))})", fontsize="medium")
     figure.supylabel("success rate, mean and range over seeds", fontsize="medium")
     save(figure, path)
 
 
 def main(
-    seeds: tuple[int, ...] = (1, 2, 3), jobs: int = 2, variant: tuple[str, ...] = (), out: Path | None = None
+    benchmark: Literal["ablation", "comparison"] = "ablation",
+    seeds: tuple[int, ...] = (1, 2, 3),
+    jobs: int = 2,
+    variant: tuple[str, ...] = (),
+    out: Path | None = None,
 ) -> None:
+    known = VARIANTS[benchmark]
     chosen = {}
-    for text in variant or VARIANTS:
+    for text in variant or known:
         name, equals, options = text.partition("=")
-        if not equals and name not in VARIANTS:
-            sys.exit(f"error: {name} is none of {', '.join(VARIANTS)}; a variant of your own is NAME=OPTIONS")
-        chosen[name] = options if equals else VARIANTS[name]
-    RUNS.mkdir(parents=True, exist_ok=True)
+        if not equals and name not in known:
+            sys.exit(f"error: {name} is none of {', '.join(known)}; a variant of your own is NAME=OPTIONS")
+        chosen[name] = f"{ARGUMENTS[benchmark]} {SMALL} {options if equals else known[name]}"
+    directory_of_runs = HERE / benchmark
+    directory_of_runs.mkdir(parents=True, exist_ok=True)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    todo = {f"{name}-seed{seed}": f"{chosen[name]} --seed {seed}" for seed in seeds for name in chosen}
     with ThreadPoolExecutor(max(jobs, 1)) as pool:
-        ended = [pool.submit(train, RUNS / name, todo[name]) for name in todo if jobs]
+        todo = [(directory_of_runs / f"{name}-seed{seed}", seed, name) for seed in seeds for name in chosen]
+        ended = [pool.submit(train, run, f"{chosen[name]} --seed {seed}") for run, seed, name in todo if jobs]
     if STOP:
         sys.exit(128 + STOP[0])
     if not all(run.result() for run in ended):
         sys.exit("error: a run failed; the same command continues it, --jobs 0 shows the finished ones")
-    finished = {name: [] for name in VARIANTS}
-    for run in sorted(RUNS.glob("*-seed*/")):
+    runs = {name: [] for name in known}
+    for run in sorted(directory_of_runs.glob("*-seed*/")):
         if rows := evaluations(run):
-            finished.setdefault(run.name.rpartition("-seed")[0], []).append(rows)
-    runs = {name: np.array(rows) for name, rows in finished.items() if rows}
+            runs.setdefault(run.name.rpartition("-seed")[0], []).append(rows)
+    runs = {name: seeds for name, seeds in runs.items() if seeds}
     if runs:
         print(table(runs), end="")
-        plot(runs, directory(RUNS, out) / "curves.png")
+        plot(runs, directory(directory_of_runs, out) / "curves.png")
 
 
 if __name__ == "__main__":

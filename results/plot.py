@@ -23,9 +23,9 @@ BLUE, ORANGE, GREEN, RED, PINK, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 # 2503.05126 (to about 0.01): episodes of 500 steps, batch 1,280, 10 seeds; V2 rewards, as here.
 STEPS = (1e6, 2e6, 3e6, 5e6, 10e6, 15e6, 20e6)
 PUBLISHED = {
-    "its widest network, 4,096 units": (GREEN, (0.60, 0.70, 0.74, 0.81, 0.92, 0.92, 0.93)),
-    "MTMHSAC, 1.4M parameters": (PINK, (0.41, 0.64, 0.72, 0.75, 0.86, 0.86, 0.86)),
-    "MTSAC, 1.4M parameters": (RED, (0.39, 0.66, 0.72, 0.75, 0.83, 0.85, 0.85)),
+    "its widest network, 4,096 units": (GREEN, "^", (0.60, 0.70, 0.74, 0.81, 0.92, 0.92, 0.93)),
+    "MTMHSAC, 1.4M parameters": (PINK, "o", (0.41, 0.64, 0.72, 0.75, 0.86, 0.86, 0.86)),
+    "MTSAC, 1.4M parameters": (RED, "s", (0.39, 0.66, 0.72, 0.75, 0.83, 0.85, 0.85)),
 }
 KEPT = {"MT10-cpu": (BLUE, 3_004_490, 0.54), "MT10-gpu": (ORANGE, 622_000, 0.53)}  # policies: steps, success
 # MT10-gpu's machine was gone before it could save these: they are from the terminal.
@@ -101,20 +101,27 @@ def plot_mt10(out: Path) -> None:
     figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
     for name, (color, *policy) in KEPT.items():
         steps, success = curve(read(RESULTS / name), "success")
-        points = [*zip(steps, success), *NOT_SAVED.get(name, [])]
-        axis.plot(*zip(*points), color=color, linewidth=2.2, marker="o", markersize=5, label=f"D2R, {name}")
+        axis.plot(steps, success, color=color, linewidth=2.2, marker="o", markersize=5, label=f"D2R, {name}")
+        not_saved = [(steps[-1], success[-1]), *NOT_SAVED.get(name, [])]
+        axis.plot(
+            *zip(*not_saved), color=color, linestyle=":", marker="o", markersize=5, markerfacecolor="white", zorder=1
+        )
         axis.plot(*policy, color=color, marker="*", markersize=17, markeredgecolor="black", linestyle="")
-    axis.plot([], [], " ", label="arXiv 2503.05126, ten seeds, episodes of 500 steps:")
-    for name, (color, success) in PUBLISHED.items():
-        axis.plot(STEPS, success, color=color, linewidth=1.2, linestyle="--", marker=".", label=name)
+    own, _ = axis.get_legend_handles_labels()
+    options = {"frameon": False, "fontsize": "small", "title_fontsize": "small", "alignment": "left"}
+    title = "this file, one seed, episodes of 200 steps\n(★ the policy that is kept; ○ from the terminal only):"
+    axis.add_artist(axis.legend(handles=own, title=title, loc="upper left", **options))
+    for name, (color, marker, success) in PUBLISHED.items():
+        axis.plot(STEPS, success, color=color, linewidth=1.2, linestyle="--", marker=marker, markersize=5, label=name)
+    published = axis.get_legend_handles_labels()[0][len(own) :]
+    title = "arXiv 2503.05126, ten seeds, episodes of 500 steps:"
+    axis.legend(handles=published, title=title, loc="lower right", **options)
     axis.set(xscale="log", xlim=(9e4, 2.2e7), ylim=(0, 1))
     axis.set(xlabel="environment steps, summed over the ten tasks", ylabel="mean success rate, random goals")
     axis.set_xticks([1e5, 3e5, 1e6, 3e6, 1e7, 2e7])
     axis.set_xticks([], minor=True)
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     axis.grid(alpha=0.3)
-    title = "this file, one seed, episodes of 200 steps\n(★ the policy that is kept):"
-    axis.legend(frameon=False, fontsize="small", title=title, title_fontsize="small", alignment="left")
     save(figure, out / "mt10.png")
 
 

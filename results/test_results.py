@@ -2,6 +2,7 @@
 """Tests of the scripts in this directory, and of README's examples."""
 
 import collections
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -16,6 +17,7 @@ from pathlib import Path
 import ablation
 import film
 import imageio.v3 as imageio
+import mtsac
 import numpy as np
 import plot
 import pytest
@@ -28,6 +30,7 @@ import d2r_sac as d2r
 from test_d2r_sac import SCRIPT, TINY, TWO_TASKS, close, main, progress, replayed, small_agent, snippet
 
 RESULTS = Path(__file__).parent
+MT_SAC = ablation.VARIANTS["comparison"]["mt-sac"]
 
 
 class Operations(TorchDispatchMode):
@@ -143,7 +146,8 @@ def test_plots(tmp_path):
     evaluation."""
     plot.plot_mt10(tmp_path)
     lines = {line.get_label(): line.get_ydata().tolist() for line in plot.plt.gca().get_lines()}
-    assert lines["D2R, MT10-gpu"] == [0.185, 0.485, 0.59, 0.56] and {*plot.PUBLISHED} < {*lines}
+    assert lines["D2R, MT10-gpu"] == [0.185, 0.485] and [0.485, 0.59, 0.56] in lines.values()
+    assert {*plot.PUBLISHED} < {*lines}
     header = "global_step,success,success/a,return,return/a,train_return,modules_used,modules_used/a\n"
     forty = "".join(f"{i},,,,,{i},,\n" for i in range(40))  # means of two rows
     cases = [("50,,,,,-9,,\n", [], [-9]), ("50\n500,,,-7,-7,,3,3\n", [-7], [])]
@@ -172,36 +176,40 @@ def test_pictures_never_replace_what_is_tracked(tmp_path):
 
 def test_ablation(tmp_path, monkeypatch, capsys):
     """Starts, resumes or leaves alone; a table of what is finished, checked by hand."""
-    commands = []
+    commands, runs = [], tmp_path / "comparison"
 
     def start(command, env, **options):
-        commands.append(" ".join(map(str, command[2:])))
+        commands.append(" ".join(map(str, command[1:])))
         failed = int("--top-k 3 --seed 2" in commands[-1])
         return types.SimpleNamespace(wait=lambda: failed, returncode=failed)
 
     def write(name, success):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "args.json").write_text(json.dumps({"args": {"total_steps": 60}}))
-        rows = [f"{10 * n},{value},{n}\n{10 * n + 5},,\n" for n, value in enumerate(success, start=1)]
-        (tmp_path / name / "progress.csv").write_text("global_step,success,modules_used\n" + "".join(rows))
-        (tmp_path / name / "checkpoint.pt").touch()
+        (runs / name).mkdir(parents=True)
+        (runs / name / "args.json").write_text(json.dumps({"args": {"total_steps": 60}}))
+        rows = [f"{10 * n},{value},{n},{1 - value}\n{10 * n + 5},,,\n" for n, value in enumerate(success, start=1)]
+        (runs / name / "progress.csv").write_text("global_step,success,modules_used,success/a-v3\n" + "".join(rows))
+        (runs / name / "checkpoint.pt").touch()
 
     monkeypatch.setattr(ablation.subprocess, "Popen", start)
     write("d2r-seed1", [0, 0.1, 0.2, 0.5, 0.6, 0.6])  # the last five: mean 0.4, and 4 modules used
     write("d2r-seed2", [0, 0, 0, 0.1, 0.2, 0.2])  # 0.1
     write("k3-seed1", [0, 0.9])  # unfinished
-    monkeypatch.setattr(ablation, "RUNS", tmp_path)
-    options = ["--seeds", "1", "2", "--variant", "k3=--top-k 3", "model", "--jobs", "1", "--out", tmp_path]
-    assert main(*options, function=command(ablation)) == 1  # the second seed of k3 fails
+    monkeypatch.setattr(ablation, "HERE", tmp_path)
+    options = ["--benchmark", "comparison", "--seeds", "1", "2", "--jobs", "1", "--out", tmp_path]
+    variants = ["--variant", "k3=--top-k 3", "mt-sac"]
+    assert main(*options, *variants, function=command(ablation)) == 1  # the second seed of k3 fails
     out, err = capsys.readouterr()
     assert "k3-seed2 ended with exit code 1\n" in out and "| d2r" not in out and "a run failed" in err
-    new = {"k3-seed2": "--top-k 3 --seed 2"}
-    new |= {f"model-seed{seed}": f"{ablation.VARIANTS['model']} --seed {seed}" for seed in (1, 2)}
-    new = {f"{ablation.ARGUMENTS} {o} --run-name {name} --results-dir {tmp_path}" for name, o in new.items()}
-    assert {*commands} == {f"--resume {tmp_path}/k3-seed1", *new}
-    assert main("--jobs", "0", "--out", tmp_path, function=command(ablation)) == 0
-    out = capsys.readouterr().out
-    assert "| d2r | 2 | 0.25 (0.10 to 0.40) | 4.0 |\n" in out
+    common = f"{ablation.ARGUMENTS['comparison']} {ablation.SMALL}"
+    new = {"k3-seed2": f"{tmp_path.parent}/d2r_sac.py {common} --top-k 3 --seed 2"}
+    for seed in (1, 2):
+        new[f"mt-sac-seed{seed}"] = f"{tmp_path}/mtsac.py {common} {MT_SAC} --seed {seed}"
+    new = {f"{text} --run-name {name} --results-dir {runs}" for name, text in new.items()}
+    assert {*commands} == {f"{tmp_path.parent}/d2r_sac.py --resume {runs}/k3-seed1", *new}
+    assert main(*options, "--jobs", "0", function=command(ablation)) == 0
+    out = capsys.readouterr().out  # the area: means of 2 / 6 and 0.5 / 6
+    assert out.startswith("| variant | seeds | success: mean, range | area: mean, range | modules used | a |\n|---|")
+    assert "\n| d2r | 2 | 0.25 (0.10 to 0.40) | 0.21 (0.08 to 0.33) | 4.0 | 0.75 |\n" in out
     assert "| k3" not in out and (tmp_path / "curves.png").exists()
     assert main("--variant", "none", function=command(ablation)) == 1
 
@@ -210,13 +218,30 @@ def test_the_kept_ablation_is_what_its_script_runs(tmp_path, capsys):
     """Its arguments and table are those of the script at this commit."""
     for directory in (RESULTS / "ablation").glob("*-seed*/"):
         name, _, seed = directory.name.rpartition("-seed")
-        args, *_ = d2r.parse_arguments(f"{ablation.ARGUMENTS} {ablation.VARIANTS[name]} --seed {seed}".split())
+        options = f"{ablation.ARGUMENTS['ablation']} {ablation.SMALL} {ablation.VARIANTS['ablation'][name]}"
+        args, *_ = d2r.parse_arguments(f"{options} --seed {seed}".split())
         kept = json.loads((directory / "args.json").read_text())["args"]
         mine = json.loads(json.dumps(dataclasses.asdict(args)))
         changed = {name for name in mine.keys() & kept.keys() if mine[name] != kept[name]}
         assert changed <= {"results_dir", "run_name", "resume", "device"}
     assert main("--jobs", "0", "--out", tmp_path, function=command(ablation)) == 0
     assert capsys.readouterr().out.partition(str(tmp_path))[0] in (RESULTS / "README.md").read_text()
+
+
+def test_mtsac(monkeypatch):
+    """Environments with the one-hot of their task; as many parameters as the page says, and those of D2R."""
+    monkeypatch.setattr(d2r, "make_env", mtsac.make_one_hot_env)
+    args = d2r.Args(env_id="reach-v3,drawer-close-v3")
+    with contextlib.closing(d2r.make_envs(args, 0)) as envs:
+        obs, _ = envs.reset(seed=0)
+        for _ in range(3):
+            np.testing.assert_array_equal(obs[:, 39:], np.eye(2))
+            obs, *_ = envs.step(np.ones((2, 4), np.float32))
+    for variant, size, expected in (("d2r", 39, 214_720), ("mt-sac", 49, 227_069)):
+        options = f"{ablation.ARGUMENTS['comparison']} {ablation.SMALL} {ablation.VARIANTS['comparison'][variant]}"
+        agent = d2r.Agent(size, 4, 10, d2r.parse_arguments(options.split())[0])
+        networks = (agent.actor, *agent.critics)
+        assert sum(p.numel() for network in networks for p in network.parameters()) + 10 == expected  # and log alpha
 
 
 def test_the_commands_of_the_front_page_are_understood(monkeypatch):

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: MIT
+"""MT-SAC, a baseline: d2r_sac.py whose environments append the task's one-hot to the observation.
+
+With the options below its networks are residual MLPs that read both, since a module has only one source:
+
+    python results/mtsac.py --env-id MT10 --routing model --parallel-modules 1 --num-modules 3 --encoder-widths 128 128 \
+        --router-widths 8 --no-resrouting --no-sample-k
+"""
+
+import sys
+from pathlib import Path
+
+from metaworld.wrappers import OneHotWrapper
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import d2r_sac as d2r
+
+make_env = d2r.make_env
+
+
+def make_one_hot_env(task, args, seed):
+    return OneHotWrapper(make_env(task, args, seed), args.tasks.index(task), len(args.tasks))
+
+
+if __name__ == "__main__":
+    d2r.make_env = make_one_hot_env
+    d2r.main()
