@@ -800,7 +800,7 @@ def train(args, envs, path, progress, seed, stop):
             save_run(args, agent, replay, (global_step, updates, time.time() - started, eval_due))
             saved_at = time.time()
     if RANK == 0:
-        more = " --total-steps MORE" if global_step >= args.total_steps else ""
+        more = " --total-steps N" if global_step >= args.total_steps else ""
         command = f"python {sys.argv[0]} --resume {args.run_dir}{more}"
         print(f"ended at step {global_step:,} of {args.total_steps:,}; to continue: {command}")
 

@@ -653,7 +653,7 @@ def test_a_run_on_meta_world(tmp_path, monkeypatch, capsys):
     assert out.startswith(f"{begin}0:01:30 left): ") and "nan" not in out and rewritten == 120
     assert re.search(r"\nstep 120 .*: train_success [01].*, train_return .*, critic_loss .*, alpha 0.99", out)
     assert re.search(r"\nstep 180 .* left\): critic_loss", out)  # no episode ended since the last row
-    assert out.endswith(f"of 240; to continue: python {sys.argv[0]} --resume {run_dir} --total-steps MORE\n")
+    assert out.endswith(f"of 240; to continue: python {sys.argv[0]} --resume {run_dir} --total-steps N\n")
     facts, records = json.loads((run_dir / "args.json").read_text()), progress(run_dir)
     assert facts["args"]["total_steps"] == 240 and facts["versions"]["torch"] == version("torch")
     assert steps(run_dir) == [60, 120, 170, 180, 240]

@@ -85,11 +85,12 @@ def plot(run: Path, out: Path | None = None) -> None:
         axis.tick_params(labelsize=8)
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
+    for axis in axes[:, 0]:
+        axis.set_ylabel(kind, fontsize=9)
     for axis in axes.flat[len(panels) - columns : len(panels)]:
         axis.tick_params(labelbottom=True)
     for axis in axes.flat[len(panels) :]:
         axis.remove()
-    figure.supylabel(kind, fontsize=9)
     figure.supxlabel("environment steps, summed over tasks", fontsize=9)
     shown = axes.flat[0].get_legend_handles_labels()
     figure.legend(*shown, loc="outside upper right", ncols=2, fontsize=8, frameon=False)

@@ -120,7 +120,7 @@ def plot_paths(steps, args, path):
     for axis in axes.flat[len(args.tasks) :]:
         axis.remove()
     text = "blue: share of steps that use a module; width of an edge: mean weight × share of steps that choose it; "
-    text += "±: standard deviation over steps"
+    text += f"±: standard deviation over steps; {steps.ended.sum(0).min()} episodes"
     figure.supxlabel(text, fontsize=8)
     save(figure, path)
 
@@ -136,7 +136,7 @@ def plot_tsne(steps, tasks, path):
     places = TSNE(init="pca", perplexity=min(30, len(points) / 4), random_state=0).fit_transform(points)
     figure, axis = plt.subplots(figsize=(8, 4.6), layout="constrained")
     for t, place in enumerate(places.reshape(len(tasks), len(shown), 2)):
-        axis.scatter(*place.T, s=14, color=plt.cm.tab10(t % 10), marker="osD^v"[t // 10], label=tasks[t])
+        axis.scatter(*place.T, s=14, color=plt.cm.tab10(t % 10), marker="osD^v"[(t + t // 10) % 5], label=tasks[t])
     axis.set(xticks=[], yticks=[], title="t-SNE of the routing probabilities, a point per state")
     figure.legend(loc="outside right center", frameon=False, markerscale=1.5, ncols=math.ceil(len(tasks) / 25))
     save(figure, path)
