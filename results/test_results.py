@@ -214,17 +214,18 @@ def test_ablation(tmp_path, monkeypatch, capsys):
     assert main("--variant", "none", function=command(ablation)) == 1
 
 
-def test_the_kept_ablation_is_what_its_script_runs(tmp_path, capsys):
+@pytest.mark.parametrize("benchmark", ["ablation", "comparison"])
+def test_kept_runs_are_what_the_script_runs(tmp_path, capsys, benchmark):
     """Its arguments and table are those of the script at this commit."""
-    for directory in (RESULTS / "ablation").glob("*-seed*/"):
+    for directory in (RESULTS / benchmark).glob("*-seed*/"):
         name, _, seed = directory.name.rpartition("-seed")
-        options = f"{ablation.ARGUMENTS['ablation']} {ablation.SMALL} {ablation.VARIANTS['ablation'][name]}"
+        options = f"{ablation.ARGUMENTS[benchmark]} {ablation.SMALL} {ablation.VARIANTS[benchmark][name]}"
         args, *_ = d2r.parse_arguments(f"{options} --seed {seed}".split())
         kept = json.loads((directory / "args.json").read_text())["args"]
         mine = json.loads(json.dumps(dataclasses.asdict(args)))
         changed = {name for name in mine.keys() & kept.keys() if mine[name] != kept[name]}
         assert changed <= {"results_dir", "run_name", "resume", "device"}
-    assert main("--jobs", "0", "--out", tmp_path, function=command(ablation)) == 0
+    assert main("--benchmark", benchmark, "--jobs", "0", "--out", tmp_path, function=command(ablation)) == 0
     assert capsys.readouterr().out.partition(str(tmp_path))[0] in (RESULTS / "README.md").read_text()
 
 
