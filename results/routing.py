@@ -39,6 +39,7 @@ class Steps(NamedTuple):
 
 
 def load_policy(run: Path):
+    torch.set_num_threads(1)  # more would compete with the environments
     try:
         return d2r.load_policy(run)
     except OSError as error:
