@@ -99,11 +99,11 @@ class Args:
     initial_alpha: float = 1.0  # entropy coefficient of every task at the start, at most 1
     target_entropy: float | None = None  # in nats; None: minus the size of an action
     reward_scale: float = 0.1  # factor on the environments' rewards
-    max_task_loss: float = 3e3  # a task whose losses, weighted, sum to more is skipped in the update
+    max_task_loss: float = 3e3  # an update skips tasks whose weighted losses sum to more
     max_grad_norm: float = 1.0  # limit of gradients: of the actor, each critic, and log alpha
     # The run
     seed: int = 1  # seed of the networks, the sampling and the goals
-    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # default: a GPU, if there is one
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # a GPU, if any
     compile: bool = False  # torch.compile the networks; ignored on a CPU
     results_dir: str = "results"  # directory of the run directories
     run_name: str | None = None  # name of the run's directory; None: such as MT10-random-seed1
@@ -140,7 +140,7 @@ class Args:
             "--envs-per-task, --batch-size, --eval-every, --eval-episodes, --log-every: at least 1": min(counts) < 1,
             "--initial-alpha must be positive, and at most 1": not 0 < self.initial_alpha <= 1,
             "--episode-length must lie between 1 and 500": self.episode_length not in range(1, 501),
-            "--learning-starts must lie in [1, --total-steps)": self.learning_starts not in range(1, self.total_steps),
+            "--total-steps must exceed --learning-starts > 0": self.learning_starts not in range(1, self.total_steps),
             f"--batch-size must be a multiple of {T * RANKS}, tasks times ranks": self.batch_size % (T * RANKS) > 0,
             f"--buffer-size must be at least {least}, for a batch and a step": self.buffer_size < least,
         }
@@ -741,8 +741,7 @@ def train(args, envs, path, progress, seed, stop):
         action, routes = act(torch.as_tensor(obs, dtype=torch.float32).to(args.device, non_blocking=True))
         action = action.to("cpu", non_blocking=True)
         learning = global_step >= args.learning_starts
-        if learning and updates == 0:  # rows show the speed with updates
-            row_start = (global_step, time.time())
+        row_start = row_start if updates else (global_step, time.time())  # speed is that with updates
         if cuda:  # queue the update (Learn) behind acting, then wait for the action
             acted = torch.cuda.current_stream().record_event()
             losses = update(*replay.sample(n)) if learning else losses
@@ -767,14 +766,14 @@ def train(args, envs, path, progress, seed, stop):
         global_step += stride
 
         # Evaluate and log
-        if RANK == 0 and sys.stdout.isatty():
-            print(f"step {global_step:,}", end="\r", flush=True)  # the next line overwrites it
+        speed, place = pace(args, global_step, row_start)
+        if RANK == 0 and sys.stdout.isatty():  # the next line overwrites it
+            print(place if updates else f"step {global_step:,}", end="\r", flush=True)
         finished = global_step >= args.total_steps
         # A multiple of eval_every was crossed if the remainder is smaller than a step.
         eval_due |= learning and (finished or global_step % args.eval_every < stride)
         if RANK == 0 and (eval_due or (learning and global_step % args.log_every < stride)):
             row = {"global_step": global_step, "updates": updates, "seconds": time.time() - started}
-            row["steps_per_second"] = (global_step - row_start[0]) / (time.time() - row_start[1])
             metrics = dict.fromkeys(["success", "return", "modules_used"], math.nan)
             metrics["train_success"], metrics["train_return"], _ = (sums / sums[:, 2:]).T
             metrics["alpha"] = agent.log_alpha.detach().exp()
@@ -785,7 +784,7 @@ def train(args, envs, path, progress, seed, stop):
                 metrics |= results
                 eval_due = not results  # if a signal interrupts it, a resume repeats it
                 obs, _ = envs.reset()
-            write_row(args, tensorboard, row, metrics | losses)
+            write_row(args, tensorboard, row | {"steps_per_second": speed}, place, metrics | losses)
             sums.zero_()
             row_start = (global_step, time.time())
 
@@ -801,8 +800,8 @@ def train(args, envs, path, progress, seed, stop):
             saved_at = time.time()
     if RANK == 0:
         more = " --total-steps N" if global_step >= args.total_steps else ""
-        command = f"python {sys.argv[0]} --resume {args.run_dir}{more}"
-        print(f"ended at step {global_step:,} of {args.total_steps:,}; to continue: {command}")
+        print(f"ended at step {global_step:,} of {args.total_steps:,}; to continue:")
+        print(f"python {sys.argv[0]} --resume {args.run_dir}{more}")
 
 
 # ------------------------------------------------------------------------------------------- log, checkpoints and main
@@ -840,7 +839,14 @@ def start_run(args, agent, replay, path, global_step):
     return SummaryWriter(args.run_dir, purge_step=global_step + 1)
 
 
-def write_row(args, tensorboard, row, metrics):
+def pace(args, global_step, row_start):
+    """Environment steps per second since row_start, the step and time of the last row; a text with the time left."""
+    speed = (global_step - row_start[0]) / (time.time() - row_start[1])
+    left = timedelta(seconds=max(args.total_steps - global_step, 0) // speed)
+    return speed, f"step {global_step:,} ({speed:,.0f}/s, {left} left)"
+
+
+def write_row(args, tensorboard, row, place, metrics):
     """Append a row to progress.csv, and to TensorBoard: of each metric, (T,), the mean and the tasks' values. nan is
     left blank; the file keeps the columns that it was created with."""
     for name, values in metrics.items():
@@ -859,11 +865,9 @@ def write_row(args, tensorboard, row, metrics):
         for name, value in known.items():
             tensorboard.add_scalar(name, value, row["global_step"])
         tensorboard.flush()
-    speed = row["steps_per_second"]
-    left = timedelta(seconds=max(args.total_steps - row["global_step"], 0) // speed)
     shown = ["train_success", "train_return", "critic_loss", "actor_loss", "alpha"]
     text = ", ".join(f"{name} {known[name]:.4g}" for name in shown if name in known)
-    print(f"step {row['global_step']:,} ({speed:,.0f}/s, {left} left): {text}", flush=True)
+    print(f"{place}: {text}", flush=True)
 
 
 def save_run(args, agent, replay, progress):
@@ -904,8 +908,10 @@ def load_saved(path, name):
         saved = torch.load(path, map_location="cpu", mmap=True)
         vars(args).update(saved["args"])
         args.tasks = task_names(args.env_id)
-    except (RuntimeError, ValueError) as error:  # no file of a run, or one of other environments
-        raise OSError(f"{path} cannot be used: {error}") from error
+        if ("actor" in saved) != (name == "actor.pt"):
+            raise ValueError("it holds something else")
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise OSError(f"{path} is no {name}, or of other environments: {error}") from error
     return path, saved, args
 
 

@@ -163,6 +163,7 @@ def main(
         todo = [(directory_of_runs / f"{name}-seed{seed}", seed, name) for seed in seeds for name in chosen]
         ended = [pool.submit(train, run, f"{chosen[name]} --seed {seed}") for run, seed, name in todo if jobs]
     if STOP:
+        print("the same command continues")
         sys.exit(128 + STOP[0])
     if not all(run.result() for run in ended):
         sys.exit("error: a run failed; the same command continues it, --jobs 0 shows the finished ones")
@@ -170,6 +171,8 @@ def main(
     for run in sorted(directory_of_runs.glob("*-seed*/")):
         if rows := evaluations(run):
             runs.setdefault(run.name.rpartition("-seed")[0], []).append(rows)
+        else:
+            print(f"not finished: {run.name}")
     runs = {name: seeds for name, seeds in runs.items() if seeds}
     if runs:
         print(table(runs), end="")

@@ -50,9 +50,11 @@ def save(figure, path: Path) -> None:
 def read(run: Path) -> list[dict]:
     """The rows of RUN/progress.csv."""
     path = run / "progress.csv"
-    rows = [*csv.DictReader(path.read_text().splitlines())] if path.exists() else []
+    if not path.exists():
+        sys.exit(f"error: {path} does not exist")
+    rows = [*csv.DictReader(path.read_text().splitlines())]
     if not rows:
-        sys.exit(f"error: {path} does not exist, or has no row yet; rows begin with the updates")
+        sys.exit(f"error: {path} has no row yet; rows begin with the updates")
     return rows
 
 
@@ -74,7 +76,7 @@ def plot(run: Path, out: Path | None = None) -> None:
     figure, axes = plt.subplots(lines, columns, figsize=size, sharex=True, squeeze=False, layout="constrained")
     for axis, (name, title) in zip(axes.flat, panels.items()):
         steps, values = curve(rows, f"train_{name}")
-        n = max(len(values) // 20, 1)
+        n = max(len(values) // 20, 5)
         means = [sum(values[max(i - n, 0) : i]) / min(i, n) for i in range(1, len(values) + 1)]
         axis.plot(steps, means, color=SKY, linewidth=1, label=f"training, mean of {n} rows" if steps else None)
         axis.plot(*curve(rows, name), color=BLUE, marker="o", markersize=3, label="evaluations")
