@@ -784,7 +784,8 @@ def train(args, envs, path, progress, seed, stop):
                 metrics |= results
                 eval_due = not results  # if a signal interrupts it, a resume repeats it
                 obs, _ = envs.reset()
-            write_row(args, tensorboard, row | {"steps_per_second": speed}, place, metrics | losses)
+            row["steps_per_second"] = speed
+            write_row(args, tensorboard, row, place, metrics | losses)
             sums.zero_()
             row_start = (global_step, time.time())
 
@@ -842,7 +843,8 @@ def start_run(args, agent, replay, path, global_step):
 def pace(args, global_step, row_start):
     """Environment steps per second since row_start, the step and time of the last row; a text with the time left."""
     speed = (global_step - row_start[0]) / (time.time() - row_start[1])
-    left = timedelta(seconds=max(args.total_steps - global_step, 0) // speed)
+    steps_left = max(args.total_steps - global_step, 0)
+    left = timedelta(seconds=steps_left // speed)
     return speed, f"step {global_step:,} ({speed:,.0f}/s, {left} left)"
 
 
@@ -908,7 +910,8 @@ def load_saved(path, name):
         saved = torch.load(path, map_location="cpu", mmap=True)
         vars(args).update(saved["args"])
         args.tasks = task_names(args.env_id)
-        if ("actor" in saved) != (name == "actor.pt"):
+        is_policy = "actor" in saved
+        if is_policy != (name == "actor.pt"):
             raise ValueError("it holds something else")
     except (KeyError, RuntimeError, ValueError) as error:
         raise OSError(f"{path} is no {name}, or of other environments: {error}") from error

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import torch._dynamo  # first: Triton's LLVM after OSMesa's would be a segmentation fault
 
-if __name__ == "__main__":  # before anything else imports MuJoCo, which then looks for OpenGL
+if (
+    __name__ == "__main__" and "--help" not in sys.argv
+):  # before anything else imports MuJoCo, which then looks for OpenGL
     os.environ.setdefault("MUJOCO_GL", "egl" if torch.cuda.is_available() else "osmesa")
     try:
         import mujoco
@@ -94,6 +96,7 @@ def draw(args, titles, episodes, shown):
     panels = []
     for cell, title, episode in zip(figure.subfigures(lines, columns, squeeze=False).flat, titles, episodes):
         model, states, steps = episode
+        print(f"rendering {title}", flush=True)
         pictures = render(model, [states[step] for step in shown], size)
         panels.append(panel(cell, args, title, pictures, steps, shown, size / 100))
     for n in range(len(shown)):

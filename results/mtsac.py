@@ -8,6 +8,7 @@ With the options below its networks are residual MLPs that read both, since a mo
 """
 
 import sys
+import warnings
 from pathlib import Path
 
 from metaworld.wrappers import OneHotWrapper
@@ -16,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import d2r_sac as d2r
 
 make_env = d2r.make_env
+warnings.filterwarnings("ignore", ".*precision lowered by casting to float32")  # of the wrapper's bounds
 
 
 def make_one_hot_env(task, args, seed):

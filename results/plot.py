@@ -104,10 +104,10 @@ def plot_mt10(out: Path) -> None:
     figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
     for name, (color, *policy) in KEPT.items():
         steps, success = curve(read(RESULTS / name), "success")
-        axis.plot(steps, success, color=color, linewidth=2.2, marker="o", markersize=5, label=f"D2R, {name}")
+        axis.plot(steps, success, color=color, linewidth=1.2, marker="o", markersize=4, label=f"D2R, {name}")
         not_saved = [(steps[-1], success[-1]), *NOT_SAVED.get(name, [])]
         axis.plot(
-            *zip(*not_saved), color=color, linestyle=":", marker="o", markersize=5, markerfacecolor="white", zorder=1
+            *zip(*not_saved), color=color, linestyle=":", marker="o", markersize=4, markerfacecolor="white", zorder=1
         )
         axis.plot(*policy, color=color, marker="*", markersize=17, markeredgecolor="black", linestyle="")
     own, _ = axis.get_legend_handles_labels()

@@ -145,6 +145,7 @@ def plot_tsne(steps, tasks, path):
 
 def main(run: tyro.conf.Positional[Path], episodes: int = 10, out: Path | None = None) -> None:
     agent, tasks = load_policy(run)
+    print(f"running {episodes} episodes of each task", flush=True)
     steps = record(agent, episodes)
     out = directory(run, out)
     plot_paths(steps, agent.args, out / "paths.png")
