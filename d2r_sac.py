@@ -103,7 +103,7 @@ class Args:
     max_grad_norm: float = 1.0  # limit of gradients: of the actor, each critic, and log alpha
     # The run
     seed: int = 1  # seed of the networks, the sampling and the goals
-    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # a GPU, if any
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # cuda if available
     compile: bool = False  # torch.compile the networks; ignored on a CPU
     results_dir: str = "results"  # directory of the run directories
     run_name: str | None = None  # name of the run's directory; None: such as MT10-random-seed1

@@ -62,8 +62,8 @@ def render(model, states, size):
     return np.stack(pictures)
 
 
-def panel(cell, args, title, pictures, steps: Steps, shown, inches):
-    """Draw a task into a subfigure. Returns a function that shows its n-th picture."""
+def panel(cell, args, title, pictures, steps: Steps, shown, inches, most):
+    """Draw a task into a subfigure. Returns a function that shows its n-th picture. most: modules used, at most."""
     axes = cell.subplot_mosaic([["robot"], ["graph"], ["depth"]], height_ratios=(5, 2.5, 1.6))
     axes["robot"].set_title(title, fontsize=3 + 2 * inches)
     axes["robot"].axis("off")
@@ -71,7 +71,7 @@ def panel(cell, args, title, pictures, steps: Steps, shown, inches):
     options = {"color": "white", "weight": "bold", "fontsize": 3 + 2 * inches}
     solved = axes["robot"].annotate("success", (0.03, 0.9), xycoords="axes fraction", **options)
     graph = Graph(axes["graph"], args, inches)
-    axes["depth"].set(xlim=(1, shown[-1] + 1), ylim=(0, 1.08 * args.num_modules), yticks=(0, args.num_modules))
+    axes["depth"].set(xlim=(1, shown[-1] + 1), ylim=(0, 1.15 * most), yticks=(0, most))
     axes["depth"].set_xlabel("step", fontsize=8, labelpad=1)
     axes["depth"].set_ylabel("modules used", fontsize=3 + 1.5 * inches)
     axes["depth"].tick_params(labelsize=7)
@@ -94,11 +94,12 @@ def draw(args, titles, episodes, shown):
     size = WIDTH // max(columns, 2)
     figure = plt.figure(figsize=(columns * size / 100, (1.6 * size + 60) * lines / 100), dpi=100, layout="constrained")
     panels = []
+    most = max(steps.used.sum(1).max() for *_, steps in episodes)
     for cell, title, episode in zip(figure.subfigures(lines, columns, squeeze=False).flat, titles, episodes):
         model, states, steps = episode
         print(f"rendering {title}", flush=True)
         pictures = render(model, [states[step] for step in shown], size)
-        panels.append(panel(cell, args, title, pictures, steps, shown, size / 100))
+        panels.append(panel(cell, args, title, pictures, steps, shown, size / 100, most))
     for n in range(len(shown)):
         for show in panels:
             show(n)

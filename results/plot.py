@@ -95,7 +95,8 @@ def plot(run: Path, out: Path | None = None) -> None:
         axis.remove()
     figure.supxlabel("environment steps, summed over tasks", fontsize=9)
     shown = axes.flat[0].get_legend_handles_labels()
-    figure.legend(*shown, loc="outside upper right", ncols=2, fontsize=8, frameon=False)
+    if len(shown[0]) > 1:
+        figure.legend(*shown, loc="outside upper right", ncols=2, fontsize=8, frameon=False)
     save(figure, directory(run, out) / "progress.png")
 
 
