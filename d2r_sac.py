@@ -44,6 +44,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
@@ -103,13 +104,13 @@ class Args:
     max_grad_norm: float = 1.0  # limit of gradients: of the actor, each critic, and log alpha
     # The run
     seed: int = 1  # seed of the networks, the sampling and the goals
-    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # cuda if available
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # a GPU, if any
     compile: bool = False  # torch.compile the networks; ignored on a CPU
     results_dir: str = "results"  # directory of the run directories
     run_name: str | None = None  # name of the run's directory; None: such as MT10-random-seed1
     resume: str | None = None  # a run's directory: continue it; options given override its own
     evaluate: str | None = None  # a run's directory, or an actor.pt: only evaluate its policy
-    log_every: int = 10_000  # environment steps between rows of progress.csv
+    log_every: int = 10_000  # steps between rows of progress.csv; one more after 100 updates
     checkpoint_minutes: float = 10.0  # minutes between checkpoints; one is written at the end, too
     track: bool = False  # send TensorBoard's data to Weights & Biases (pip install wandb)
 
@@ -768,11 +769,11 @@ def train(args, envs, path, progress, seed, stop):
         # Evaluate and log
         speed, place = pace(args, global_step, row_start)
         if RANK == 0 and sys.stdout.isatty():  # the next line overwrites it
-            print(place if updates else f"step {global_step:,}", end="\r", flush=True)
+            print(place if updates else f"step {global_step:,}", end="\x1b[K\r", flush=True)
         finished = global_step >= args.total_steps
         # A multiple of eval_every was crossed if the remainder is smaller than a step.
         eval_due |= learning and (finished or global_step % args.eval_every < stride)
-        if RANK == 0 and (eval_due or (learning and global_step % args.log_every < stride)):
+        if RANK == 0 and (eval_due or updates == 100 or (learning and global_step % args.log_every < stride)):
             row = {"global_step": global_step, "updates": updates, "seconds": time.time() - started}
             metrics = dict.fromkeys(["success", "return", "modules_used"], math.nan)
             metrics["train_success"], metrics["train_return"], _ = (sums / sums[:, 2:]).T
@@ -844,8 +845,8 @@ def pace(args, global_step, row_start):
     """Environment steps per second since row_start, the step and time of the last row; a text with the time left."""
     speed = (global_step - row_start[0]) / (time.time() - row_start[1])
     steps_left = max(args.total_steps - global_step, 0)
-    left = timedelta(seconds=steps_left // speed)
-    return speed, f"step {global_step:,} ({speed:,.0f}/s, {left} left)"
+    left = timedelta(minutes=steps_left / speed // 60)
+    return speed, f"step {global_step:,} ({speed:,.0f}/s, {str(left)[:-3]} h left)"
 
 
 def write_row(args, tensorboard, row, place, metrics):
@@ -908,13 +909,14 @@ def load_saved(path, name):
     args = Args.__new__(Args)  # without __post_init__; what it lacks has its default
     try:
         saved = torch.load(path, map_location="cpu", mmap=True)
-        vars(args).update(saved["args"])
+        saved["actor" if name == "actor.pt" else "agent"]
+    except (KeyError, RuntimeError) as error:
+        raise OSError(f"{path} is damaged, or no {name} of a run") from error
+    vars(args).update(saved["args"])
+    try:
         args.tasks = task_names(args.env_id)
-        is_policy = "actor" in saved
-        if is_policy != (name == "actor.pt"):
-            raise ValueError("it holds something else")
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise OSError(f"{path} is no {name}, or of other environments: {error}") from error
+    except ValueError as error:
+        raise OSError(f"{path} needs the script that trained it, for {args.env_id}") from error
     return path, saved, args
 
 
@@ -970,7 +972,8 @@ def main(argv=None):
         stop.append(number)
         signal.signal(number, signal.SIG_DFL)
         if not multiprocessing.current_process().daemon:  # workers inherit this, and continue
-            os.write(2, b"ending with a checkpoint; once more ends at once\n")
+            with suppress(OSError):  # Ctrl-C may have ended tee, which reads this
+                os.write(2, b"ending with a checkpoint; once more ends at once\n")
 
     try:
         args, path, progress = parse_arguments(argv)
@@ -984,7 +987,7 @@ def main(argv=None):
         envs = make_envs(args, seed)  # before CUDA starts
         train(args, envs, path, progress, seed, stop)
     except (EOFError, ConnectionError) as error:
-        sys.exit(f"error: a pipe broke, as when an environment's process dies: {error!r}")
+        sys.exit(f"error: an environment's process died, or nobody reads the output: {error!r}")
     except (FloatingPointError, MemoryError, OSError) as error:
         sys.exit(f"error: {error}")
     finally:

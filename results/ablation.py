@@ -166,7 +166,7 @@ def main(
         print("the same command continues")
         sys.exit(128 + STOP[0])
     if not all(run.result() for run in ended):
-        sys.exit("error: a run failed; the same command continues it, --jobs 0 shows the finished ones")
+        sys.exit("error: a run failed, its log says why; --jobs 0 shows the finished ones")
     runs = {name: [] for name in known}
     for run in sorted(directory_of_runs.glob("*-seed*/")):
         if rows := evaluations(run):
