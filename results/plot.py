@@ -113,7 +113,7 @@ def plot_mt10(out: Path) -> None:
         axis.plot(*policy, color=color, marker="*", markersize=17, markeredgecolor="black", linestyle="")
     own, _ = axis.get_legend_handles_labels()
     options = {"frameon": False, "fontsize": "small", "title_fontsize": "small", "alignment": "left"}
-    title = "this file, one seed, episodes of 200 steps\n(★ the policy that is kept; ○ from the terminal only):"
+    title = "this file, one seed, episodes of 200 steps\n(★ the kept policy; ○ not saved, read off the terminal):"
     axis.add_artist(axis.legend(handles=own, title=title, loc="upper left", **options))
     for name, (color, marker, success) in PUBLISHED.items():
         axis.plot(STEPS, success, color=color, linewidth=1.2, linestyle="--", marker=marker, markersize=5, label=name)
