@@ -69,7 +69,9 @@ def plot(run: Path, out: Path | None = None) -> None:
     rows = read(run)
     tasks = [name.removeprefix("return/") for name in rows[0] if name.startswith("return/")]
     kind = "success" if any(row.get("success") or row.get("train_success") for row in rows) else "return"
-    panels = {kind: "mean", **{f"{kind}/{task}": task for task in tasks}, "modules_used": "modules used"}
+    panels = {kind: "mean", **{f"{kind}/{task}": task for task in tasks}}
+    if any(row.get("modules_used") for row in rows):
+        panels["modules_used"] = "modules used"
     lines = -(-len(panels) // 6)
     columns = -(-len(panels) // lines)
     size = (2.1 * columns, 1.75 * lines + 0.7)
@@ -78,15 +80,19 @@ def plot(run: Path, out: Path | None = None) -> None:
         steps, values = curve(rows, f"train_{name}")
         n = max(len(values) // 20, 5)
         means = [sum(values[max(i - n, 0) : i]) / min(i, n) for i in range(1, len(values) + 1)]
-        axis.plot(steps, means, color=SKY, linewidth=1, label=f"training, mean of {n} rows" if steps else None)
-        axis.plot(*curve(rows, name), color=BLUE, marker="o", markersize=3, label="evaluations")
+        marker = "." if len(steps) == 1 else ""
+        label = f"training, mean of {n} rows" if steps else None
+        axis.plot(steps, means, color=SKY, linewidth=1, marker=marker, label=label)
+        steps, values = curve(rows, name)
+        axis.plot(steps, values, color=BLUE, marker="o", markersize=3, label="evaluations" if steps else None)
         axis.set_title(title, fontsize=9)
         if name.startswith("success"):
             axis.set_ylim(-0.05, 1.05)
         axis.grid(alpha=0.3)
         axis.tick_params(labelsize=8)
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
+    if "modules_used" in panels:
+        axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
     for axis in axes[:, 0]:
         axis.set_ylabel(kind, fontsize=9)
     for axis in axes.flat[len(panels) - columns : len(panels)]:
