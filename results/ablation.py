@@ -81,9 +81,8 @@ def train(run: Path, options: str) -> bool:
         print(f"training {run.name}, see {log.name}", flush=True)
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         # In a session of its own, so that Ctrl-C reaches it through `stop` only.
-        process = subprocess.Popen(
-            [sys.executable, script, *options], env=environment, stdout=log, stderr=log, start_new_session=True
-        )
+        command = [sys.executable, script, *options]
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     PROCESSES.append(process)
     print(f"{run.name} ended with exit code {process.wait()}", flush=True)
     return process.returncode == 0 and not STOP
@@ -123,9 +122,8 @@ def plot(runs: dict[str, list], path: Path) -> None:
     """A panel for each variant: mean success over its seeds and their range; in grey the first variant's mean."""
     columns = min(len(runs), 4)
     lines = -(-len(runs) // columns)
-    size = (2.6 * columns, 2.3 * lines)
-    figure, axes = plt.subplots(lines, columns, figsize=size, sharex=True, sharey=True, squeeze=False)
-    figure.set_layout_engine("constrained")
+    options = {"sharex": True, "sharey": True, "squeeze": False, "layout": "constrained"}
+    figure, axes = plt.subplots(lines, columns, figsize=(2.6 * columns, 2.3 * lines), **options)
     first = values(next(iter(runs.values())), "success").mean(0)
     for axis, (name, seeds) in zip(axes.flat, runs.items()):
         steps = values(seeds, "global_step")[0]

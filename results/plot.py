@@ -80,9 +80,8 @@ def plot(run: Path, out: Path | None = None) -> None:
         steps, values = curve(rows, f"train_{name}")
         n = max(len(values) // 20, 5)
         means = [sum(values[max(i - n, 0) : i]) / min(i, n) for i in range(1, len(values) + 1)]
-        marker = "." if len(steps) == 1 else ""
         label = f"training, mean of {n} rows" if steps else None
-        axis.plot(steps, means, color=SKY, linewidth=1, marker=marker, label=label)
+        axis.plot(steps, means, "." if len(steps) == 1 else "-", color=SKY, linewidth=1, label=label)
         steps, values = curve(rows, name)
         axis.plot(steps, values, color=BLUE, marker="o", markersize=3, label="evaluations" if steps else None)
         axis.set_title(title, fontsize=9)

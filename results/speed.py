@@ -3,14 +3,12 @@
 
     python results/speed.py                                     MT10, batch 1280
     python results/speed.py --env-id MT50 --batch-size 6400
-    python results/speed.py --before FILE                       updates and acting, in turns with an earlier file
 
 Updates and acting take turns, in a new order each round, of six calls, the first of which does not count. The loop is
 whole runs, with 1, 2, 4 and 8 environments per task: on a GPU with a batch as many times as large, and with --compile.
 """
 
 import csv
-import importlib.util
 import platform
 import random
 import statistics
@@ -46,11 +44,11 @@ def quartiles(values: list[float]) -> str:
     return f"{median:.4g} ms ({low:.4g} to {high:.4g})"
 
 
-def make_agent(module, args, form):
-    """update and act of a fresh agent of a d2r_sac.py, with a batch of its own routes."""
+def make_agent(args, form):
+    """update and act of a fresh agent, with a batch of its own routes."""
     T, B = len(args.tasks), args.batch_size
     torch.manual_seed(0)
-    agent = module.Agent(OBS, ACTION, T, args, args.device)
+    agent = d2r.Agent(OBS, ACTION, T, args, args.device)
     if "compile" in form:
         for network in (agent.actor, *agent.critics, *agent.target_critics):
             network.compile(dynamic=False, options={"fallback_random": True})
@@ -59,18 +57,16 @@ def make_agent(module, args, form):
         task = agent.task.repeat_interleave(B // T)
         _, routes = agent.actor(obs, task, temperature=torch.ones(T))
         batch = (obs, action, torch.rand(B), next_obs, torch.zeros(B, dtype=torch.bool), routes.to(torch.int16))
-    graph = (lambda function: function) if form == "eager" else module.CUDAGraph
+    graph = (lambda function: function) if form == "eager" else d2r.CUDAGraph
     update, act = graph(agent.update), graph(agent.act)
     observations = torch.randn(T, OBS)
     return partial(update, *batch), lambda: act(observations.to(args.device))[0].cpu()
 
 
-def updates_and_acting(args, before=None) -> None:
+def updates_and_acting(args) -> None:
     """Time the forms of an update and of acting, in turns."""
     forms = ["eager"] if args.device == "cpu" else ["eager", "captured", "captured, --compile"]
-    agents = {form: make_agent(d2r, args, form) for form in forms}
-    if before:
-        agents |= {f"{form}, before": make_agent(before, args, form) for form in forms}
+    agents = {form: make_agent(args, form) for form in forms}
     calls = {f"update, {name}": update for name, (update, _) in agents.items()}
     calls |= {f"acting, {name}": act for name, (_, act) in agents.items()}
     for call in calls.values():
@@ -83,9 +79,6 @@ def updates_and_acting(args, before=None) -> None:
     print(f"\n| {args.env_id}, batch {args.batch_size:,} | median (quartiles) |\n|---|---|")
     for name, values in times.items():
         print(f"| {name} | {quartiles(values)} |")
-        if earlier := times.get(f"{name}, before"):
-            ratio = statistics.median(values) / statistics.median(earlier)
-            print(f"| {name}: multiple of before | {ratio:.3f} |")
 
 
 def loop(args) -> list[float]:
@@ -104,7 +97,7 @@ def loop(args) -> list[float]:
     return [(b[0] - a[0]) / (b[1] - a[1]) for a, b in pairwise(points)]
 
 
-def main(env_id: str = "MT10", batch_size: int = 1280, before: Path | None = None) -> None:
+def main(env_id: str = "MT10", batch_size: int = 1280) -> None:
     cuda = torch.cuda.is_available()
     torch.set_float32_matmul_precision("high" if cuda else "highest")
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
@@ -114,12 +107,6 @@ def main(env_id: str = "MT10", batch_size: int = 1280, before: Path | None = Non
     gpu = torch.cuda.get_device_name() if cuda else "no GPU"
     print(f"Commit {commit}; {gpu}; {machine}; Python {platform.python_version()}, torch {torch.__version__}.")
     args = d2r.Args(env_id=env_id, batch_size=batch_size)
-    if before:
-        spec = importlib.util.spec_from_file_location("before", before)
-        module = sys.modules["before"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        updates_and_acting(args, module)
-        return
     updates_and_acting(args)
     print("\n| environments per task | the whole loop | batch |\n|---|---|---|")
     for args.envs_per_task in (1, 2, 4, 8):
