@@ -922,7 +922,7 @@ def load_saved(path, name):
 
 def load_policy(path, device="cpu"):
     """The Agent of a run's directory, or of an actor.pt, with untrained critics; and the names of its tasks. What was
-    swapped for the training (task_names, BaseModule) must be swapped here, too. Raises OSError if the file is missing or unusable."""
+    swapped for the training (task_names, BaseModule) must be swapped here, too. OSError: it is missing or unusable."""
     _, saved, args = load_saved(path, "actor.pt")
     weights = saved["actor"]
     obs_dim = weights["routing_network.obs_encoder.0.weight"].shape[1]

@@ -3,8 +3,8 @@
 
 With the options below its networks are residual MLPs that read both, since a module has only one source:
 
-    python results/mtsac.py --env-id MT10 --routing model --parallel-modules 1 --num-modules 3 --encoder-widths 128 128 \
-        --router-widths 8 --no-resrouting --no-sample-k
+    python results/mtsac.py --env-id MT10 --routing model --parallel-modules 1 --num-modules 3 \
+        --encoder-widths 128 128 --router-widths 8 --no-resrouting --no-sample-k
 """
 
 import sys

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Compare d2r_sac.py with the authors' code.
+"""Compare d2r_sac.py with the authors' code, github.com/DarkDawn233/D2R_MTRL, of which CHECKOUT is a clone.
 
     python results/parity.py CHECKOUT                   outputs, gradients and six updates, in float64
     python results/parity.py CHECKOUT --time 1280       how long updates of this batch take, in turns, in float32
 
-CHECKOUT is a clone of github.com/DarkDawn233/D2R_MTRL. At the size of MT10 (10 tasks, 16 modules of 128), from the same
-random weights, inputs, routes and noise, it prints the worst relative difference, |ours - theirs| / max |theirs|, over
-all entries of all tensors. Two things are set so that both can compute the same: the epsilon of 1e-6 in the authors'
-log-probability is 0, and Sample-K, whose draws cannot be shared, is off. When they are timed it is on.
+At the size of MT10 (10 tasks, 16 modules of 128), from the same random weights, inputs, routes and noise, it prints the
+worst relative difference, |ours - theirs| / max |theirs|, over all entries of all tensors. So that both can compute the
+same, the epsilon of 1e-6 in the authors' log-probability is 0, and Sample-K is off (except with --time).
 """
 
 import statistics
@@ -88,7 +87,7 @@ def compare_critics(agent, theirs, ours):
     """Output and every gradient of a critic: for Top-K and for routes passed in, with and without ResRouting."""
     outputs, gradients = [], []
     task = agent.task.repeat_interleave(16)
-    for resrouting in (True, False):
+    for resrouting in (False, True):
         theirs.depth_route_net.resrouting = ours.resrouting = resrouting
         their_batch, (obs, action, *_, passed_in) = random_batch(agent, 16)
         edges = torch.as_tensor(their_batch["gates_onehot"]).transpose(0, 1).flatten(0, 1)
@@ -102,7 +101,6 @@ def compare_critics(agent, theirs, ours):
             expected.sum().backward()
             output.sum().backward()
             gradients += [difference(parameter.grad, own.grad) for parameter, own in pairs(theirs, ours)]
-    theirs.depth_route_net.resrouting = ours.resrouting = True
     print(f"| outputs | {max(outputs):.1e} |\n| gradients of all parameters | {max(gradients):.1e} |")
 
 

@@ -28,8 +28,6 @@ PUBLISHED = {
     "MTSAC, 1.4M parameters": (RED, "s", (0.39, 0.66, 0.72, 0.75, 0.83, 0.85, 0.85)),
 }
 KEPT = {"MT10-cpu": (BLUE, 3_004_490, 0.54), "MT10-gpu": (ORANGE, 622_000, 0.53)}  # policies: steps, success
-# MT10-gpu's machine was gone before it could save these: they are from the terminal.
-NOT_SAVED = {"MT10-gpu": [(750_000, 0.59), (1_000_000, 0.56)]}
 
 
 def directory(run: Path, out: Path | None) -> Path:
@@ -111,14 +109,10 @@ def plot_mt10(out: Path) -> None:
     for name, (color, *policy) in KEPT.items():
         steps, success = curve(read(RESULTS / name), "success")
         axis.plot(steps, success, color=color, linewidth=1.2, marker="o", markersize=4, label=f"D2R, {name}")
-        not_saved = [(steps[-1], success[-1]), *NOT_SAVED.get(name, [])]
-        axis.plot(
-            *zip(*not_saved), color=color, linestyle=":", marker="o", markersize=4, markerfacecolor="white", zorder=1
-        )
         axis.plot(*policy, color=color, marker="*", markersize=17, markeredgecolor="black", linestyle="")
     own, _ = axis.get_legend_handles_labels()
     options = {"frameon": False, "fontsize": "small", "title_fontsize": "small", "alignment": "left"}
-    title = "this file, one seed, episodes of 200 steps\n(★ the kept policy; ○ not saved, read off the terminal):"
+    title = "this file, one seed, episodes of 200 steps\n(★ the kept policy, 50 episodes):"
     axis.add_artist(axis.legend(handles=own, title=title, loc="upper left", **options))
     for name, (color, marker, success) in PUBLISHED.items():
         axis.plot(STEPS, success, color=color, linewidth=1.2, linestyle="--", marker=marker, markersize=5, label=name)
