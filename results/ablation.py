@@ -80,7 +80,7 @@ def train(run: Path, options: str) -> bool:
     with open(f"{run}.log", "a") as log:
         print(f"training {run.name}, see {log.name}", flush=True)
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        # In a session of its own, so that Ctrl-C reaches it through `stop` only.
+        # In a process group of its own, so that Ctrl-C reaches it through `stop` only.
         command = [sys.executable, script, *options]
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     PROCESSES.append(process)
