@@ -909,7 +909,7 @@ def load_saved(path, name):
     args = Args.__new__(Args)  # without __post_init__; what it lacks has its default
     try:
         saved = torch.load(path, map_location="cpu", mmap=True)
-        saved["actor" if name == "actor.pt" else "agent"]
+        saved["actor" if name == "actor.pt" else "agent"]  # KeyError: another kind of file
     except (KeyError, RuntimeError) as error:
         raise OSError(f"{path} is damaged, or no {name} of a run") from error
     vars(args).update(saved["args"])

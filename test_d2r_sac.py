@@ -642,13 +642,12 @@ def replayed(run_dir, N=2, rank=0):
 
 
 def test_a_run_on_meta_world(tmp_path, monkeypatch, capsys):
-    added, add = [], d2r.ReplayBuffer.add  # a step takes 100 seconds before the updates begin, and 1 from then on
-    monkeypatch.setattr(d2r.ReplayBuffer, "add", lambda *step: added.append(add(*step)))
+    run_dir, added, add = tmp_path / "run", [], d2r.ReplayBuffer.add
+    monkeypatch.setattr(d2r.ReplayBuffer, "add", lambda *step: added.append(add(*step)))  # 100 s each, then 1 s
     monkeypatch.setattr(d2r, "time", types.SimpleNamespace(time=lambda: 100 * len(added[:20]) + len(added[20:])))
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     options = TWO_TASKS.replace("5,10", "reach-v3,drawer-close-v3")
     assert run(tmp_path, f"{options} --total-steps 240 --eval-every 170 --log-every 60") == 0
-    run_dir = tmp_path / "run"
     out, rewritten = re.subn(r"step \d+( \(2/s, 0:0\d h left\))?\x1b\[K\r", "", capsys.readouterr().out)
     begin = f"starting environments: 2\n{run_dir}, from step 0\ncollecting, updates begin at step 40\nstep 60 (2/s, "
     assert out.startswith(f"{begin}0:01 h left): ") and "nan" not in out and rewritten == 120
@@ -773,10 +772,10 @@ def test_resume(tmp_path, pendulums, monkeypatch, capsys):
 def test_ablations_run(tmp_path, pendulums, ablation, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # a run does without it
     options = f"--env-id 10 --learning-starts 10 --batch-size 8 --buffer-size 50 {SMALL} --num-modules 3"
-    assert run(tmp_path, f"{options} --total-steps 60 --{ablation}") == 0
-    (record,) = progress(tmp_path / "run")
-    assert int(record["updates"]) == 50 and math.isfinite(float(record["critic_loss"])) and record["success"] == ""
-    assert record.get("temperature/10") == (None if ablation == "no-sample-k" else "1")
+    assert run(tmp_path, f"{options} --total-steps 120 --{ablation}") == 0
+    first, record = progress(tmp_path / "run")
+    assert [first["updates"], record["updates"]] == ["100", "110"] and math.isfinite(float(record["critic_loss"]))
+    assert record.get("temperature/10") == (None if ablation == "no-sample-k" else "1") and record["success"] == ""
     assert float(record["modules_used"]) == 3 if ablation == "top-k=0" else 1 <= float(record["modules_used"]) <= 3
 
 
@@ -1020,6 +1019,7 @@ MISTAKES = f"""
 --env-id reach-v3,push-v3,reach-v3: 'reach-v3' is named twice
 --batch-size 1281: --batch-size must be a multiple of 10, tasks times ranks
 --buffer-size 100: --buffer-size must be at least 1280, for a batch and a step
+--log-every 0: --log-every: at least 1
 --episode-length 501: --episode-length must lie between 1 and 500
 --initial-alpha 0: --initial-alpha must be positive, and at most 1
 --learning-starts 0: --total-steps must exceed --learning-starts > 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Compare variants of D2R: python results/ablation.py [--benchmark MT10] [--seeds 1 2 3] [--jobs 2] [--out DIR].
+"""Compare variants of D2R: python results/ablation.py [--benchmark comparison] [--seeds 1 2 3] [--jobs 2] [--out DIR].
 
 Trains each variant of a benchmark with each seed, two runs at a time with a thread each, in
 results/BENCHMARK/VARIANT-seedSEED; then prints a table of all finished runs there, and writes curves.png to where
