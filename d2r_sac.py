@@ -15,7 +15,8 @@ Difficult: Multi-Task Deep Reinforcement Learning with Dynamic Depth Routing", A
     routing weights      w_ij = softmax of z_ij over the chosen sources j                   routing_weights
     depth                number of modules (not length of path) that lead to the head       used_modules
     routing granularity  the sources that a module may choose from                          allowed_sources
-    base modules         f_i = relu(W_i x_i + b_i), o_i = f_i + x_i; o_0 = f_0(relu(h))     BaseModule, D2RNetwork
+    base modules         f_i = relu(W_i x_i + b_i), o_i = f_i + x_i                         BaseModule, D2RNetwork
+    input                module 0 reads relu(h), and o_0 = f_0                              D2RNetwork.run_modules
     wiring               x_i = sum_j w_ij o_j                                               MixSources
     ResRouting           if edge (i, j) is unlikely, i reads stop_gradient(f_j) + x_j       gradient_kept, MixSources
     soft actor-critic    losses and entropy coefficient alpha of each task                  Agent.update
@@ -73,7 +74,7 @@ class Args:
     env_id: str = "MT10"  # MT10, MT25, MT50, or Meta-World V3 tasks (reach-v3,drawer-close-v3)
     goals: Literal["random", "fixed"] = "random"  # one of the task's 50 each episode, or always one
     episode_length: int = 200  # time limit of an episode, at most 500 steps
-    envs_per_task: int = 1  # environments of each task (E); on a GPU use E times the batch_size
+    envs_per_task: int = 1  # environments of each task (E); raise batch_size with it, E-fold
     # Budgets are summed over tasks, environments and ranks.
     total_steps: int | None = None  # environment steps; None: 1_500_000 per task (MT50: 1_000_000)
     buffer_size: int | None = None  # transitions kept; None: 100_000 per task (MT50: 200_000)
@@ -115,14 +116,13 @@ class Args:
     track: bool = False  # send TensorBoard's data to Weights & Biases (pip install wandb)
 
     def __post_init__(self):
-        """Fill in what depends on the tasks. ValueError: an option that would fail late, or silently."""
+        """Fill in what depends on the tasks. ValueError, which tyro prints: an option that would fail late."""
         self.tasks = task_names(self.env_id)
         T = len(self.tasks)
         if self.total_steps is None:
             self.total_steps = (1_000_000 if self.env_id == "MT50" else 1_500_000) * T
-        base = f"{T}-tasks" if "," in self.env_id else self.env_id
-        base += f"-{self.goals}-seed{self.seed}"
-        names = (base if n == 1 else f"{base}-{n}" for n in count(1))
+        tasks = f"{T}-tasks" if "," in self.env_id else self.env_id
+        names = (f"{tasks}-{self.goals}-seed{self.seed}" + f"-{n}" * (n > 1) for n in count(1))
         defaults = {
             "buffer_size": (200_000 if self.env_id == "MT50" else 100_000) * T,
             "batch_size": 128 * T,
@@ -130,30 +130,32 @@ class Args:
             "eval_every": max(self.total_steps // 100, self.eval_episodes * self.episode_length * T),
             "run_name": next(name for name in names if not Path(self.results_dir, name).exists()),
         }
-        for name, default in defaults.items():
-            if getattr(self, name) is None:
-                setattr(self, name, default)
+        vars(self).update({name: value for name, value in defaults.items() if getattr(self, name) is None})
         self.run_dir = Path(self.results_dir, self.run_name)
-        counts = (self.envs_per_task, self.batch_size, self.eval_every, self.eval_episodes, self.log_every)
-        least = max(self.batch_size, self.envs_per_task * T * RANKS)
-        mistakes = {
-            f"--run-name: {self.run_dir} exists; --resume continues it": self.resume is None and self.run_dir.exists(),
-            "--envs-per-task, --batch-size, --eval-every, --eval-episodes, --log-every: at least 1": min(counts) < 1,
-            "--initial-alpha must be positive, and at most 1": not 0 < self.initial_alpha <= 1,
-            "--episode-length must lie between 1 and 500": self.episode_length not in range(1, 501),
-            "--total-steps must exceed --learning-starts > 0": self.learning_starts not in range(1, self.total_steps),
-            f"--batch-size must be a multiple of {T * RANKS}, tasks times ranks": self.batch_size % (T * RANKS) > 0,
-            f"--buffer-size must be at least {least}, for a batch and a step": self.buffer_size < least,
-        }
-        for message, mistaken in mistakes.items():
-            if mistaken and self.evaluate is None:
+        positive = ["envs_per_task", "batch_size", "eval_every", "eval_episodes", "log_every", "num_modules"]
+        for name in [*positive, "module_width", "encoder_widths", "router_widths"]:
+            if np.min(getattr(self, name), initial=1) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+        step = self.envs_per_task * T * RANKS  # of all environments
+        last = self.total_steps - step
+        mistakes = [
+            (self.run_dir.exists() and not self.resume, f"--run-name: {self.run_dir} exists; --resume continues it"),
+            (not 0 < self.initial_alpha <= 1, "--initial-alpha must be positive, and at most 1"),
+            (self.episode_length not in range(1, 501), "--episode-length must lie between 1 and 500"),
+            (not 0 < self.learning_starts <= last, f"--learning-starts must lie between 1 and {last}, the last step"),
+            (self.batch_size % (T * RANKS) > 0, f"--batch-size must be a multiple of {T * RANKS}, tasks times ranks"),
+            (self.buffer_size < max(self.batch_size, step), "--buffer-size must hold a batch, and a step"),
+        ]
+        for mistaken, message in mistakes:
+            if mistaken and not self.evaluate:
                 raise ValueError(message)
         with torch.random.fork_rng(devices=()):
             Agent(1, 1, T, self)  # built only for the errors of the networks and of Adam
 
 
 # ======================================================================================================================
-# The method. To use it elsewhere, copy the code between the double lines; README has the imports.
+# The method. To use it elsewhere, copy the code between the double lines. It needs copy, math, itertools.pairwise,
+# torch, torch.nn as nn, and torch.nn.functional as F.
 # ----------------------------------------------------------------------------------------------------- routing network
 def init(layer, head=False):
     if head:
@@ -224,7 +226,7 @@ def gradient_kept(logits):
     """ResRouting: true for edges that the current router finds likely, p_ij > 1 / (J_i + 1). (B, M, M) -> (B, M, M).
     p_i is the softmax of module i's logits, at temperature 1, over the J_i sources that it may choose from. The
     threshold is below the uniform 1 / J_i, so an untrained router, which is nearly uniform, keeps most edges."""
-    num_sources = (logits[:1] > -torch.inf).sum(-1, keepdim=True, dtype=logits.dtype)  # J_i
+    num_sources = (logits[:1] > -torch.inf).sum(-1, keepdim=True, dtype=logits.dtype)  # J_i, of any sample
     return logits.softmax(-1) > 1 / (num_sources + 1)
 
 
@@ -254,7 +256,7 @@ def allowed_sources(M, routing, P):
     j = torch.arange(M)
     if routing == "module":
         return j < i
-    previous = j // P == i // P - 1 if routing == "layer" else j == i - P
+    previous = (j // P == i // P - 1) if routing == "layer" else (j == i - P)
     previous = torch.where(i == M, j >= M - P, previous)
     return torch.where(i < P, j == 0, previous)
 
@@ -267,11 +269,11 @@ class MixSources(torch.autograd.Function):
         read_i = sum_j w_ij (where(kept_ij, f_j, stop_gradient(f_j)) + x_j)
         f_i    = module_i(read_i)
 
-    Both sums have the same value, and w_ij always gets its gradient. But the actor's routes are replayed from an older
-    policy, and the critics' are sampled at a temperature, so some have an edge (i, j) that the current router finds
-    unlikely. The current router would rarely send such a sample from j to i, so module j should not be trained by what
-    module i makes of it: the gradient of read_i skips f_j and reaches, through x_j, the modules before j. The shortcut,
-    which adds x_i to f_i, is never blocked.
+    Both sums have the same value, and w_ij always gets its gradient. Some edges (i, j) on a route are unlikely for the
+    current router: the actor's routes are replayed from an older policy, the critics' are sampled at a temperature, and
+    Top-K takes K sources even if one has nearly all the probability. Since the router would rarely send such
+    a sample from j to i, module j should not be trained by what module i makes of it: the gradient of read_i skips f_j
+    and reaches, through x_j, the modules before j. The shortcut, which adds x_i to f_i, is never blocked.
 
     Plain autograd (`plain` in the tests) computes just these three lines, but copies all outputs at each module. Here
     they lie in one tensor o (S, H) of f_j + x_j, with S slots, one for each module and sample. Autograd does not see
@@ -287,11 +289,11 @@ class MixSources(torch.autograd.Function):
     not work through this function."""
 
     @staticmethod
-    def forward(ctx, tape, o, f, x, previous, w, w_fx, slots):
+    def forward(ctx, tape, o, f_prev, x_prev, previous, w, w_fx, slots):
         """First stores o = f + x of module i - 1 in its slots, `previous`; then mixes the sources of module i, which
         B_i samples use. w, slots (B_i, K); w_fx (B_i, K, 2): the shares of g_i for f_j, w_ij kept_ij, and for x_j,
         w_ij. Returns the tape and the sum (B_i, H) twice: read_i, on which module i may work in place, and x_i."""
-        torch.add(f, x, out=o[previous])
+        torch.add(f_prev, x_prev, out=o[previous])
         ctx.o = o  # not saved: later modules write into o, but into other slots
         ctx.previous = previous
         ctx.save_for_backward(w, w_fx, slots)
@@ -366,17 +368,18 @@ class D2RNetwork(nn.Module):
         if self.resrouting and torch.is_grad_enabled():
             w_f = w * gradient_kept(logits).gather(-1, sources)
         w_fx = torch.stack([w_f, w], dim=-1).detach()
-        # The pairs of a module j and a sample b are numbered j B + b. On a GPU all are computed, and the number is the
-        # slot. On a CPU only the used pairs are computed, and counted; nobody reads the slots of the others.
+        # The pairs of a module j and a sample b are numbered j B + b.
         pairs = sources * B + torch.arange(B, device=h.device)[:, None, None]
-        slots = pairs
-        computed = slice(None)  # of the pairs with modules 1 ... M
-        counts = [B] * (M + 1)  # samples for which each module, and the head, is computed
         if h.is_cpu and not torch.compiler.is_compiling():
+            # A slot is the rank of a pair among the used ones. Nobody reads the slots of the others.
             used = F.pad(used_modules(routes), (0, 1), value=True).T  # (M + 1, B)
-            counts = used.sum(1).tolist()
             slots = (used.flatten().cumsum(0) - 1)[pairs]
-            computed = used[1:].flatten().nonzero().squeeze(1)
+            computed = used[1:].flatten().nonzero().squeeze(1)  # of the pairs of modules 1 ... M
+            counts = used.sum(1).tolist()  # samples of each module, and the head
+        else:
+            slots = pairs
+            computed = slice(None)
+            counts = [B] * (M + 1)
         # From (B, M, ...) to a tensor for each of the modules 1 ... M, with a row for each sample that uses it.
         by_module = [t.transpose(0, 1).flatten(0, 1)[computed].split(counts[1:]) for t in (w, w_fx, slots)]
         readers = [*self.base_modules.module[1:], self.base_modules.head]
@@ -436,13 +439,12 @@ class Agent(nn.Module):
         self.critics = nn.ModuleList(critics)
         self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.full((num_tasks,), math.log(args.initial_alpha)))
-        self.register_buffer("task", torch.arange(num_tasks), persistent=False)
+        self.register_buffer("tasks", torch.arange(num_tasks), persistent=False)
         self.target_entropy = -action_dim if args.target_entropy is None else args.target_entropy
         self.to(device)
         groups = [{"params": list(network.parameters())} for network in (self.actor, *critics)]
         groups += [{"params": [self.log_alpha], "lr": args.alpha_learning_rate}]
-        on_gpu = self.task.is_cuda
-        self.optimizer = torch.optim.Adam(groups, args.learning_rate, fused=True, capturable=on_gpu)
+        self.optimizer = torch.optim.Adam(groups, args.learning_rate, fused=True, capturable=self.tasks.is_cuda)
 
     def task_weights(self):
         """T softmax(-log alpha), (T,): proportional to 1 / alpha, with mean 1. They scale the critic and actor losses,
@@ -462,7 +464,7 @@ class Agent(nn.Module):
     def act(self, obs, deterministic=False):
         """obs (E * T, obs_dim), row i of task i % T -> actions (E * T, A), routes (E * T, M, K). Deterministic:
         tanh(mean) and Top-K."""
-        task = self.task.repeat(len(obs) // len(self.task))
+        task = self.tasks.repeat(len(obs) // len(self.tasks))
         temperature = None if deterministic else self.temperature()
         output, routes = self.actor(obs, task, temperature=temperature)
         action = output.chunk(2, dim=-1)[0].tanh() if deterministic else sample_action(output)[0]
@@ -472,7 +474,7 @@ class Agent(nn.Module):
         """The values of both critics, by task: (2, T, B / T)."""
         inputs = torch.cat([obs, action], dim=-1)
         passes = [lambda critic=critic: critic(inputs, task, temperature=temperature)[0] for critic in critics]
-        return torch.stack(side_by_side(*passes)).view(2, len(self.task), -1)
+        return torch.stack(side_by_side(*passes)).view(2, len(self.tasks), -1)
 
     @torch.no_grad()
     def td_target(self, reward, next_obs, terminated, task):
@@ -509,9 +511,10 @@ class Agent(nn.Module):
         return (alpha * log_prob - q).mean(-1), log_prob
 
     def update(self, obs, action, reward, next_obs, terminated, routes):
-        """One step on all losses. Arguments (B, ...), task by task; reward, terminated (B,). Returns the tasks' losses,
-        (T,) each, and left_out: 1 for a task that this update skipped."""
-        task = self.task.repeat_interleave(len(obs) // len(self.task))  # (B,)
+        """One step on all losses. Arguments (B, ...), task by task, as from ReplayBuffer.sample: actions in [-1, 1];
+        reward, terminated (bool) (B,). Returns the tasks' weighted losses, (T,) each, and left_out: 1 for a task that
+        this update skipped."""
+        task = self.tasks.repeat_interleave(len(obs) // len(self.tasks))  # (B,)
         critic_loss, (actor_loss, log_prob) = side_by_side(
             lambda: self.critic_loss(obs, action, reward, next_obs, terminated, task),
             lambda: self.actor_loss(obs, routes, task),
@@ -551,7 +554,7 @@ class ReplayBuffer:
         self.capacity = capacity  # rows
         self.added = 0  # rows; once the ring is full, each replaces the oldest
         with torch.device(device):
-            self.task = torch.arange(num_tasks)
+            self.tasks = torch.arange(num_tasks)
             self.columns = [
                 torch.empty(capacity, obs_dim),
                 torch.empty(capacity, action_dim),
@@ -570,18 +573,19 @@ class ReplayBuffer:
 
     def sample(self, n):
         """n transitions of each task, uniformly with replacement: all columns, (T * n, ...), task by task."""
-        T = len(self.task)
+        T = len(self.tasks)
         stored = min(self.added, self.capacity) // T  # of each task
-        steps = torch.randint(stored, (T, n), device=self.task.device)
-        rows = (steps * T + self.task[:, None]).flatten()
+        steps = torch.randint(stored, (T, n), device=self.tasks.device)
+        rows = (steps * T + self.tasks[:, None]).flatten()
         return [column[rows] for column in self.columns]
 
 
 # ----------------------------------------------------------------------------------------- environments and evaluation
 def task_names(env_id):
     """The tasks of --env-id, in the order of their indices. Raises ValueError for an unknown or duplicate task."""
-    benchmark = getattr(metaworld.env_dict, f"{env_id}_V3", None)
-    tasks = [task.strip() for task in benchmark or env_id.split(",")]
+    if env_id in ("MT10", "MT25", "MT50"):
+        return list(getattr(metaworld.env_dict, f"{env_id}_V3"))
+    tasks = [task.strip() for task in env_id.split(",")]
     known = metaworld.env_dict.ALL_V3_ENVIRONMENTS
     for task in tasks:
         if task not in known:
@@ -619,11 +623,13 @@ def make_envs(args, seed):
     """E environments of each task, each in a process of its own, with actions in [-1, 1]."""
 
     def make(task, seed):
-        if sys.platform == "linux" and multiprocessing.parent_process():
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a worker dies with the learner
+        if sys.platform == "linux" and multiprocessing.parent_process():  # in a worker
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it dies with the learner
         env = make_env(task, args, seed)
         return EpisodeSummary(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)))
 
+    if RANK == 0:
+        print(f"starting environments: {args.envs_per_task * len(args.tasks)}", flush=True)
     makers = [partial(make, task, seed + e) for e in range(args.envs_per_task) for task in args.tasks]
     return gym.vector.AsyncVectorEnv(makers, autoreset_mode="SameStep")
 
@@ -665,7 +671,7 @@ class CUDAGraph:
         return self.outputs
 
 
-def evaluate(args, agent, envs, stop):
+def evaluate(args, agent, envs, stop, seed=None):
     """Run --eval-episodes episodes of each task, deterministically. Prints and returns success, return, and modules
     used (a mean over all steps), (T,) each. Returns {} once a signal is in `stop`."""
     T = len(args.tasks)
@@ -675,7 +681,7 @@ def evaluate(args, agent, envs, stop):
     E = args.envs_per_task
     # Episodes of each environment: a fixed share, else short episodes would count more often.
     left = (args.eval_episodes + E - 1 - np.arange(E * T) // T) // E
-    obs, _ = envs.reset()
+    obs, _ = envs.reset(seed=seed)
     while left.any():
         if stop:
             return {}
@@ -689,31 +695,26 @@ def evaluate(args, agent, envs, stop):
             sums[i % T] += infos["final_info"]["summary"][i]
     table = sums / args.eval_episodes  # (T, 3)
     table[:, 2] = np.reshape(depths, (-1, T)).mean(0)
-    for task, row in zip([*args.tasks, f"mean ({args.eval_episodes} episodes each)"], [*table, table.mean(0)]):
+    names = [*args.tasks, f"mean ({args.eval_episodes} episodes each)"]
+    for name, row in zip(names, [*table, table.mean(0)]):
         text = "success {:.2f}, return {:.1f}, modules used {:.1f}".format(*row)
-        print(f"{task}: {text.removeprefix('success nan, ')}", flush=True)
+        print(f"{name}: {text.removeprefix('success nan, ')}", flush=True)
     return dict(zip(["success", "return", "modules_used"], table.T))
 
 
 # ------------------------------------------------------------------------------------------------------- training loop
 def train(args, envs, path, progress, seed, stop):
-    """Train until --total-steps or a signal in `stop`, and end with a checkpoint; with --evaluate only evaluate.
-    path, progress: as from parse_arguments."""
+    """Train until --total-steps or a signal in `stop`, and end with a checkpoint. path, progress: as from
+    parse_arguments. seed: of this session; a resumed run has other noise and goals."""
     global_step, updates, seconds, eval_due = progress
     T = len(args.tasks)
     cuda = args.device == "cuda"
     if cuda:
         torch.set_float32_matmul_precision("high")
-    if cuda and RANKS > 1:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if RANKS > 1:
         torch.distributed.init_process_group(timeout=timedelta(days=1))  # the others wait while rank 0 evaluates
     obs, _ = envs.reset(seed=seed)
-    if args.evaluate:
-        agent, _ = load_policy(path, args.device)
-        evaluate(args, agent, envs, stop)
-        return
-
     sizes = (obs.shape[1], envs.action_space.shape[1])  # of an observation and an action
     torch.manual_seed(args.seed)  # all ranks start with the same weights
     agent = Agent(*sizes, T, args, args.device)
@@ -721,14 +722,14 @@ def train(args, envs, path, progress, seed, stop):
         for network in (agent.actor, *agent.critics, *agent.target_critics):
             network.compile(dynamic=False, options={"fallback_random": True})
     stride = len(obs) * RANKS  # environment steps per iteration
-    capacity = args.buffer_size // stride * len(obs)
+    capacity = args.buffer_size // stride * len(obs)  # whole steps
     try:
         replay = ReplayBuffer(capacity, T, *sizes, args.num_modules, agent.actor.K, args.device)
     except RuntimeError:
         raise MemoryError(f"--buffer-size {args.buffer_size:,} does not fit into memory") from None
     tensorboard = start_run(args, agent, replay, path, global_step)
     n = args.batch_size // (T * RANKS)  # samples of each task in an update
-    finished = global_step >= args.total_steps and not eval_due
+    finished = global_step >= args.total_steps and not eval_due  # as after a signal in one
     started = time.time() - seconds
     saved_at = time.time()
     row_start = (global_step, time.time())
@@ -742,7 +743,8 @@ def train(args, envs, path, progress, seed, stop):
         action, routes = act(torch.as_tensor(obs, dtype=torch.float32).to(args.device, non_blocking=True))
         action = action.to("cpu", non_blocking=True)
         learning = global_step >= args.learning_starts
-        row_start = row_start if updates else (global_step, time.time())  # speed is that with updates
+        if not updates:  # speed is that with updates
+            row_start = (global_step, time.time())
         if cuda:  # queue the update (Learn) behind acting, then wait for the action
             acted = torch.cuda.current_stream().record_event()
             losses = update(*replay.sample(n)) if learning else losses
@@ -775,6 +777,7 @@ def train(args, envs, path, progress, seed, stop):
         eval_due |= learning and (finished or global_step % args.eval_every < stride)
         if RANK == 0 and (eval_due or updates == 100 or (learning and global_step % args.log_every < stride)):
             row = {"global_step": global_step, "updates": updates, "seconds": time.time() - started}
+            row["steps_per_second"] = speed
             metrics = dict.fromkeys(["success", "return", "modules_used"], math.nan)
             metrics["train_success"], metrics["train_return"], _ = (sums / sums[:, 2:]).T
             metrics["alpha"] = agent.log_alpha.detach().exp()
@@ -785,7 +788,6 @@ def train(args, envs, path, progress, seed, stop):
                 metrics |= results
                 eval_due = not results  # if a signal interrupts it, a resume repeats it
                 obs, _ = envs.reset()
-            row["steps_per_second"] = speed
             write_row(args, tensorboard, row, place, metrics | losses)
             sums.zero_()
             row_start = (global_step, time.time())
@@ -802,8 +804,7 @@ def train(args, envs, path, progress, seed, stop):
             saved_at = time.time()
     if RANK == 0:
         more = " --total-steps N" if global_step >= args.total_steps else ""
-        print(f"ended at step {global_step:,} of {args.total_steps:,}; to continue:")
-        print(f"python {sys.argv[0]} --resume {args.run_dir}{more}")
+        print(f"ended at step {global_step:,} of {args.total_steps:,}; to continue: --resume {args.run_dir}{more}")
 
 
 # ------------------------------------------------------------------------------------------- log, checkpoints and main
@@ -877,11 +878,12 @@ def save_run(args, agent, replay, progress):
     """All ranks call it; rank 0 writes checkpoint.pt, to continue from, and actor.pt, to evaluate."""
     if not all(parameter.isfinite().all() for parameter in agent.parameters()):
         raise FloatingPointError("the weights are not finite")
-    # After the roll the oldest row of a full ring comes first; of one that is not full, the stored rows come last.
-    oldest_first = [column.roll(-replay.added, 0)[-replay.added :].cpu().clone() for column in replay.columns]
-    replays = [oldest_first] * RANKS
+    oldest = max(replay.added - replay.capacity, 0)
+    rows = torch.arange(oldest, replay.added) % replay.capacity
+    columns = [column[rows].cpu() for column in replay.columns]
+    replays = [columns] * RANKS
     if RANKS > 1:
-        torch.distributed.gather_object(oldest_first, replays if RANK == 0 else None)
+        torch.distributed.gather_object(columns, replays if RANK == 0 else None)
     if RANK > 0:
         return
     checkpoint = {
@@ -909,10 +911,10 @@ def load_saved(path, name):
     args = Args.__new__(Args)  # without __post_init__; what it lacks has its default
     try:
         saved = torch.load(path, map_location="cpu", mmap=True)
+        vars(args).update(saved["args"])
         saved["actor" if name == "actor.pt" else "agent"]  # KeyError: another kind of file
-    except (KeyError, RuntimeError) as error:
-        raise OSError(f"{path} is damaged, or no {name} of a run") from error
-    vars(args).update(saved["args"])
+    except Exception as error:  # torch.load raises many kinds
+        raise OSError(f"{path} is missing, damaged, or no {name} of a run") from error
     try:
         args.tasks = task_names(args.env_id)
     except ValueError as error:
@@ -934,7 +936,7 @@ def load_policy(path, device="cpu"):
 
 def parse_arguments(argv=None):
     """The arguments, by default those of the run that --resume or --evaluate names; the path of its file; its progress:
-    global step, updates, seconds, and whether an evaluation is due. Raises OSError if there is no such run."""
+    global step, updates, seconds, and whether an evaluation is due. OSError: no such run, or not with these options."""
 
     def find_run(resume: str | None = None, evaluate: str | None = None):
         return resume, evaluate
@@ -944,26 +946,26 @@ def parse_arguments(argv=None):
     start = (0, 0, 0.0, False)
     if resume is None and evaluate is None:
         return tyro.cli(Args, args=argv), None, start
-    fixed = ["env_id", "num_modules", "top_k", "routing", "parallel_modules", "module_width"]
-    fixed += ["encoder_widths", "router_widths"]
-    if evaluate is None:
-        path, saved, defaults = load_saved(resume, "checkpoint.pt")
-        fixed += ["goals", "seed", "envs_per_task", "results_dir", "run_name"]
-    else:
-        path, saved, defaults = load_saved(evaluate, "actor.pt")
-        defaults.envs_per_task = 1
+    path, saved, defaults = load_saved(evaluate or resume, "actor.pt" if evaluate else "checkpoint.pt")
     vars(defaults).update(device=Args.device, resume=None, evaluate=None)
     vars(defaults).update(results_dir=str(path.parent.parent), run_name=path.parent.name)
+    fixed = "env_id num_modules top_k routing parallel_modules module_width encoder_widths router_widths"
+    if evaluate:
+        defaults.envs_per_task = 1
+    else:
+        fixed += " goals seed envs_per_task results_dir run_name"
     args = tyro.cli(Args, args=argv, default=defaults)
-    changed = [name for name in fixed if getattr(args, name) != getattr(defaults, name)]
-    if changed or len(saved.get("replays", [0])) != RANKS:
-        sys.exit(f"error: {path} was made with a different {', '.join(changed) or 'number of ranks'}")
+    changed = [name for name in fixed.split() if getattr(args, name) != getattr(defaults, name)]
+    if not evaluate and len(saved["replays"]) != RANKS:
+        changed += ["number of ranks"]
+    if changed:
+        raise OSError(f"{path} was made with a different {', '.join(changed)}")
     return args, path, saved.get("progress", start)
 
 
 def main(argv=None):
-    """The command line. Exit codes: 2 for a mistake in the options, 1 for a failed run, 128 + the number of a signal
-    that ended the training."""
+    """The command line. Exit codes: 2 if tyro refuses the options, 1 for any other failure, 128 + the number of a
+    signal that ended the run."""
     stop = []  # signals that came
     handlers = {}
     envs = None
@@ -973,19 +975,19 @@ def main(argv=None):
         signal.signal(number, signal.SIG_DFL)
         if not multiprocessing.current_process().daemon:  # workers inherit this, and continue
             with suppress(OSError):  # Ctrl-C may have ended tee, which reads this
-                os.write(2, b"ending with a checkpoint; once more ends at once\n")
+                os.write(2, b"ending; " if args.evaluate else b"ending with a checkpoint; ")
+                os.write(2, b"once more ends at once\n")
 
     try:
         args, path, progress = parse_arguments(argv)
-        if args.evaluate:
-            torch.set_num_threads(1)  # more would compete with the environments
-        else:
-            handlers = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        if RANK == 0:
-            print(f"starting environments: {args.envs_per_task * len(args.tasks)}", flush=True)
+        handlers = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
         seed = args.seed + 10_000 * RANK + progress[0]  # after a resume other goals and noise
         envs = make_envs(args, seed)  # before CUDA starts
-        train(args, envs, path, progress, seed, stop)
+        if args.evaluate:
+            torch.set_num_threads(1)  # more would compete with the environments
+            evaluate(args, load_policy(path, args.device)[0], envs, stop, seed)
+        else:
+            train(args, envs, path, progress, seed, stop)
     except (EOFError, ConnectionError) as error:
         sys.exit(f"error: an environment's process died, or nobody reads the output: {error!r}")
     except (FloatingPointError, MemoryError, OSError) as error:

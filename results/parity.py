@@ -72,7 +72,7 @@ def random_batch(agent, n):
     """n samples of each task, with sampled routes of our actor: as they take them, and as we do."""
     obs, next_obs, action = torch.randn(T * n, OBS), torch.randn(T * n, OBS), 2 * torch.rand(T * n, ACTION) - 1
     reward, terminated = 10 * torch.rand(T * n), torch.rand(T * n) < 0.1
-    task, one_hot = agent.task.repeat_interleave(n), torch.eye(T).repeat_interleave(n, 0)
+    task, one_hot = agent.tasks.repeat_interleave(n), torch.eye(T).repeat_interleave(n, 0)
     with torch.no_grad():
         routes = d2r.sample_k(agent.actor.routing_network(obs, task)[1] / 5, K)
     edges = torch.zeros(T * n, M, M).scatter(-1, routes, 1.0)
@@ -86,7 +86,7 @@ def random_batch(agent, n):
 def compare_critics(agent, theirs, ours):
     """Output and every gradient of a critic: for Top-K and for routes passed in, with and without ResRouting."""
     outputs, gradients = [], []
-    task = agent.task.repeat_interleave(16)
+    task = agent.tasks.repeat_interleave(16)
     for resrouting in (False, True):
         theirs.depth_route_net.resrouting = ours.resrouting = resrouting
         their_batch, (obs, action, *_, passed_in) = random_batch(agent, 16)

@@ -54,7 +54,7 @@ def make_agent(args, form):
             network.compile(dynamic=False, options={"fallback_random": True})
     with torch.no_grad(), torch.device(args.device):
         obs, next_obs, action = torch.randn(B, OBS), torch.randn(B, OBS), 2 * torch.rand(B, ACTION) - 1
-        task = agent.task.repeat_interleave(B // T)
+        task = agent.tasks.repeat_interleave(B // T)
         _, routes = agent.actor(obs, task, temperature=torch.ones(T))
         batch = (obs, action, torch.rand(B), next_obs, torch.zeros(B, dtype=torch.bool), routes.to(torch.int16))
     graph = (lambda function: function) if form == "eager" else d2r.CUDAGraph
