@@ -101,7 +101,7 @@ class Args:
     initial_alpha: float = 1.0  # entropy coefficient of every task at the start, at most 1
     target_entropy: float | None = None  # in nats; None: minus the size of an action
     reward_scale: float = 0.1  # factor on the environments' rewards
-    max_task_loss: float = 3e3  # an update skips tasks whose weighted losses sum to more
+    max_task_loss: float = 3e3  # an update skips tasks whose losses, as logged, sum to more
     max_grad_norm: float = 1.0  # limit of gradients: of the actor, each critic, and log alpha
     # The run
     seed: int = 1  # seed of the networks, the sampling and the goals
@@ -116,13 +116,14 @@ class Args:
     track: bool = False  # send TensorBoard's data to Weights & Biases (pip install wandb)
 
     def __post_init__(self):
-        """Fill in what depends on the tasks. ValueError, which tyro prints: an option that would fail late."""
+        """Fill in what depends on the tasks. ValueError, which tyro prints: a mistake that would show late."""
         self.tasks = task_names(self.env_id)
         T = len(self.tasks)
         if self.total_steps is None:
             self.total_steps = (1_000_000 if self.env_id == "MT50" else 1_500_000) * T
-        tasks = f"{T}-tasks" if "," in self.env_id else self.env_id
-        names = (f"{tasks}-{self.goals}-seed{self.seed}" + f"-{n}" * (n > 1) for n in count(1))
+        label = f"{T}-tasks" if "," in self.env_id else self.env_id
+        label += f"-{self.goals}-seed{self.seed}"
+        names = (label + f"-{n}" * (n > 1) for n in count(1))
         defaults = {
             "buffer_size": (200_000 if self.env_id == "MT50" else 100_000) * T,
             "batch_size": 128 * T,
@@ -130,27 +131,35 @@ class Args:
             "eval_every": max(self.total_steps // 100, self.eval_episodes * self.episode_length * T),
             "run_name": next(name for name in names if not Path(self.results_dir, name).exists()),
         }
-        vars(self).update({name: value for name, value in defaults.items() if getattr(self, name) is None})
+        for name, default in defaults.items():
+            if getattr(self, name) is None:
+                setattr(self, name, default)
         self.run_dir = Path(self.results_dir, self.run_name)
-        positive = ["envs_per_task", "batch_size", "eval_every", "eval_episodes", "log_every", "num_modules"]
-        for name in [*positive, "module_width", "encoder_widths", "router_widths"]:
-            if np.min(getattr(self, name), initial=1) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
-        step = self.envs_per_task * T * RANKS  # of all environments
-        last = self.total_steps - step
-        mistakes = [
-            (self.run_dir.exists() and not self.resume, f"--run-name: {self.run_dir} exists; --resume continues it"),
-            (not 0 < self.initial_alpha <= 1, "--initial-alpha must be positive, and at most 1"),
-            (self.episode_length not in range(1, 501), "--episode-length must lie between 1 and 500"),
-            (not 0 < self.learning_starts <= last, f"--learning-starts must lie between 1 and {last}, the last step"),
-            (self.batch_size % (T * RANKS) > 0, f"--batch-size must be a multiple of {T * RANKS}, tasks times ranks"),
-            (self.buffer_size < max(self.batch_size, step), "--buffer-size must hold a batch, and a step"),
-        ]
-        for mistaken, message in mistakes:
-            if mistaken and not self.evaluate:
+        for mistaken, message in self.mistakes():
+            if mistaken:
                 raise ValueError(message)
         with torch.random.fork_rng(devices=()):
             Agent(1, 1, T, self)  # built only for the errors of the networks and of Adam
+
+    def mistakes(self):
+        """What would otherwise show late, or not at all: pairs of a condition and a message."""
+        T = len(self.tasks)
+        counts = ["envs_per_task", "batch_size", "eval_every", "eval_episodes", "log_every", "num_modules"]
+        for name in [*counts, "module_width", "encoder_widths", "router_widths"]:
+            option = "--" + name.replace("_", "-")
+            yield np.min(getattr(self, name), initial=1) < 1, f"{option} must be at least 1"
+        yield not self.encoder_widths, "--encoder-widths needs at least one"
+        yield self.device == "cuda" and not torch.cuda.is_available(), "--device: PyTorch finds no GPU"
+        if self.evaluate:
+            return
+        stride = self.envs_per_task * T * RANKS  # environment steps per iteration
+        last = self.total_steps - stride
+        yield self.run_dir.exists() and not self.resume, f"--run-name: {self.run_dir} exists; try --resume"
+        yield not 0 < self.initial_alpha <= 1, "--initial-alpha must be positive, and at most 1"
+        yield not 1 <= self.episode_length <= 500, "--episode-length must lie between 1 and 500"
+        yield not 1 <= self.learning_starts <= last, f"--learning-starts: 1 to {stride} less than --total-steps"
+        yield self.batch_size % (T * RANKS), f"--batch-size must be a multiple of {T * RANKS}, tasks times ranks"
+        yield self.buffer_size < max(self.batch_size, stride), "--buffer-size must hold a batch, and a step"
 
 
 # ======================================================================================================================
@@ -215,7 +224,7 @@ def sample_k(logits, K):
 
 
 def routing_weights(logits, routes):
-    """Softmax of the logits over the chosen sources, each counted once: (B, M, M), (B, M, K) -> (B, M, K).
+    """Softmax of the logits over the chosen sources, repeated ones once: (B, M, M), (B, M, K) -> (B, M, K).
     Sample-K's temperature plays no part here: it changes which sources are tried, not how they are mixed."""
     repeated = [(routes[..., :k] == routes[..., k, None]).any(-1) for k in range(routes.shape[-1])]
     z = logits.gather(-1, routes).masked_fill(torch.stack(repeated, dim=-1), -torch.inf)
@@ -275,10 +284,10 @@ class MixSources(torch.autograd.Function):
     a sample from j to i, module j should not be trained by what module i makes of it: the gradient of read_i skips f_j
     and reaches, through x_j, the modules before j. The shortcut, which adds x_i to f_i, is never blocked.
 
-    Plain autograd (`plain` in the tests) computes just these three lines, but copies all outputs at each module. Here
-    they lie in one tensor o (S, H) of f_j + x_j, with S slots, one for each module and sample. Autograd does not see
+    Plain autograd would compute just these three lines, but copy all outputs at each module. Here they lie in one
+    tensor o (S, H) of f_j + x_j, with S slots, one for each module and sample that is computed. Autograd does not see
     the writes into o, so the gradients are by hand. x_i is used twice: module i reads it (gradient g_i, of read_i), and
-    it is added to f_i (gradient s_i):
+    it is added to f_i (gradient s_i, which is that of o_i):
 
         grad f_j = sum_i w_ij (kept_ij g_i + s_i)      s_j = sum_i w_ij (g_i + s_i)
 
@@ -289,13 +298,13 @@ class MixSources(torch.autograd.Function):
     not work through this function."""
 
     @staticmethod
-    def forward(ctx, tape, o, f_prev, x_prev, previous, w, w_fx, slots):
-        """First stores o = f + x of module i - 1 in its slots, `previous`; then mixes the sources of module i, which
-        B_i samples use. w, slots (B_i, K); w_fx (B_i, K, 2): the shares of g_i for f_j, w_ij kept_ij, and for x_j,
-        w_ij. Returns the tape and the sum (B_i, H) twice: read_i, on which module i may work in place, and x_i."""
-        torch.add(f_prev, x_prev, out=o[previous])
+    def forward(ctx, tape, o, f_prev, x_prev, slots_prev, w, w_fx, slots):
+        """First stores o = f + x of module i - 1 in its slots, a slice; then mixes the sources of module i for B_i
+        samples. w, slots (B_i, K); w_fx (B_i, K, 2): the shares of g_i for f_j, w_ij kept_ij, and for x_j, w_ij.
+        Returns the tape and the sum (B_i, H) twice: read_i, on which module i may work in place, and x_i."""
+        torch.add(f_prev, x_prev, out=o[slots_prev])
         ctx.o = o  # not saved: later modules write into o, but into other slots
-        ctx.previous = previous
+        ctx.slots_prev = slots_prev
         ctx.save_for_backward(w, w_fx, slots)
         if torch.compiler.is_compiling():  # it fuses this, but not embedding_bag
             mixed = (F.embedding(slots, o) * w[..., None]).sum(1)
@@ -305,15 +314,15 @@ class MixSources(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_tape, g, grad_shortcut):
+    def backward(ctx, grad_tape, g, s):
         w, w_fx, slots = ctx.saved_tensors
         picked = F.embedding(slots, ctx.o)  # (B_i, K, H)
-        grad_w = (picked * (g + grad_shortcut)[:, None]).sum(-1)
+        grad_w = (picked * (g + s)[:, None]).sum(-1)
         grad_fx = w_fx[..., None] * g[:, None, None]  # (B_i, K, 2, H)
-        grad_fx.addcmul_(w[..., None, None], grad_shortcut[:, None, None])
+        grad_fx.addcmul_(w[..., None, None], s[:, None, None])
         # In place: it changes only slots of modules before i, whose gradients nobody has read yet.
         grad_tape.index_add_(0, slots.flatten(), grad_fx.flatten(0, 1))
-        grad_f, grad_x = grad_tape[ctx.previous].unbind(1)  # complete: all its readers are done
+        grad_f, grad_x = grad_tape[ctx.slots_prev].unbind(1)  # complete: all its readers are done
         return grad_tape, None, grad_f, grad_x, None, grad_w, None, None
 
 
@@ -346,6 +355,7 @@ class D2RNetwork(nn.Module):
         widths = [args.encoder_widths[-1]] + [args.module_width] * M
         modules = nn.ModuleList((make_module or BaseModule)(a, b) for a, b in pairwise(widths))
         head = init(nn.Linear(args.module_width, output_dim), head=True)
+        # In a dictionary, since older checkpoints have these names.
         self.base_modules = nn.ModuleDict({"module": modules, "head": head})
 
     def forward(self, inputs, task, routes=None, temperature=None):
@@ -387,11 +397,11 @@ class D2RNetwork(nn.Module):
         x = torch.zeros_like(f)  # o_0 = f_0
         o = f.new_empty(sum(counts[:M]), f.shape[1])
         tape = f.new_empty(sum(counts[:M]), 2, f.shape[1])
-        previous = slice(0, B)
+        slots_prev = slice(0, B)
         for reader, w_i, w_fx_i, slots_i in zip(readers, *by_module, strict=True):
-            tape, read, x = MixSources.apply(tape, o, f, x, previous, w_i, w_fx_i, slots_i)
+            tape, read, x = MixSources.apply(tape, o, f, x, slots_prev, w_i, w_fx_i, slots_i)
             f = reader(read)
-            previous = slice(previous.stop, previous.stop + len(read))
+            slots_prev = slice(slots_prev.stop, slots_prev.stop + len(read))
         return f
 
 
@@ -442,14 +452,14 @@ class Agent(nn.Module):
         self.register_buffer("tasks", torch.arange(num_tasks), persistent=False)
         self.target_entropy = -action_dim if args.target_entropy is None else args.target_entropy
         self.to(device)
-        groups = [{"params": list(network.parameters())} for network in (self.actor, *critics)]
+        groups = [{"params": list(network.parameters())} for network in (self.actor, *self.critics)]
         groups += [{"params": [self.log_alpha], "lr": args.alpha_learning_rate}]
         self.optimizer = torch.optim.Adam(groups, args.learning_rate, fused=True, capturable=self.tasks.is_cuda)
 
     def task_weights(self):
         """T softmax(-log alpha), (T,): proportional to 1 / alpha, with mean 1. They scale the critic and actor losses,
         whether or not routes are balanced. A mastered task weighs less: its policy is nearly deterministic, and an
-        entropy below the target raises alpha."""
+        entropy below the target keeps its alpha high, while the others' fall."""
         return len(self.log_alpha) * (-self.log_alpha.detach()).softmax(0)
 
     def temperature(self):
@@ -483,8 +493,8 @@ class Agent(nn.Module):
         next_action, log_prob = sample_action(self.actor(next_obs, task)[0])
         next_q = self.q(self.target_critics, next_obs, next_action, task).amin(0)
         next_value = next_q - self.log_alpha.exp()[:, None] * log_prob.view_as(next_q)
-        future = torch.where(terminated, 0.0, self.args.gamma * next_value.flatten())
-        return (self.args.reward_scale * reward + future).view_as(next_q)
+        future = torch.where(terminated.view_as(next_q), 0.0, self.args.gamma * next_value)
+        return self.args.reward_scale * reward.view_as(next_q) + future
 
     def critic_loss(self, obs, action, reward, next_obs, terminated, task):
         """sum_c (Q_c(s, a) - target)^2, mean of each task, (T,). Routes: Sample-K, from the critics' own logits."""
@@ -512,8 +522,8 @@ class Agent(nn.Module):
 
     def update(self, obs, action, reward, next_obs, terminated, routes):
         """One step on all losses. Arguments (B, ...), task by task, as from ReplayBuffer.sample: actions in [-1, 1];
-        reward, terminated (bool) (B,). Returns the tasks' weighted losses, (T,) each, and left_out: 1 for a task that
-        this update skipped."""
+        reward, terminated (bool) (B,). Returns the tasks' losses, (T,) each (actor's and critics' weighted), and
+        left_out: 1 for a task that this update skipped."""
         task = self.tasks.repeat_interleave(len(obs) // len(self.tasks))  # (B,)
         critic_loss, (actor_loss, log_prob) = side_by_side(
             lambda: self.critic_loss(obs, action, reward, next_obs, terminated, task),
@@ -551,7 +561,7 @@ class ReplayBuffer:
     """A ring of transitions. Row r is of task r % T; a step of all environments has E T rows."""
 
     def __init__(self, capacity, num_tasks, obs_dim, action_dim, M, K, device):
-        self.capacity = capacity  # rows
+        self.capacity = capacity  # rows, a multiple of E T
         self.added = 0  # rows; once the ring is full, each replaces the oldest
         with torch.device(device):
             self.tasks = torch.arange(num_tasks)
@@ -581,6 +591,8 @@ class ReplayBuffer:
 
 
 # ----------------------------------------------------------------------------------------- environments and evaluation
+# For environments of your own replace task_names and make_env. All need flat observations of one size, and bounded
+# actions of one size.
 def task_names(env_id):
     """The tasks of --env-id, in the order of their indices. Raises ValueError for an unknown or duplicate task."""
     if env_id in ("MT10", "MT25", "MT50"):
@@ -622,10 +634,10 @@ class EpisodeSummary(gym.Wrapper):
 def make_envs(args, seed):
     """E environments of each task, each in a process of its own, with actions in [-1, 1]."""
 
-    def make(task, seed):
+    def make(task, env_seed):
         if sys.platform == "linux" and multiprocessing.parent_process():  # in a worker
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it dies with the learner
-        env = make_env(task, args, seed)
+        env = make_env(task, args, env_seed)
         return EpisodeSummary(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)))
 
     if RANK == 0:
@@ -638,7 +650,7 @@ def check_finite(tasks, **arrays):
     """Raises FloatingPointError, with the tasks' names, if rows of an array (E * T, ...) are nan or infinite."""
     for name, array in arrays.items():
         rows = torch.as_tensor(array, dtype=torch.float32).view(len(array), -1)
-        bad = {tasks[i % len(tasks)]: None for i in (~rows.isfinite().all(1)).nonzero()}
+        bad = dict.fromkeys(tasks[i % len(tasks)] for i in (~rows.isfinite().all(1)).nonzero())
         if bad:
             raise FloatingPointError(f"the {name} of {', '.join(bad)} is not finite")
 
@@ -680,7 +692,7 @@ def evaluate(args, agent, envs, stop, seed=None):
     depths = []
     E = args.envs_per_task
     # Episodes of each environment: a fixed share, else short episodes would count more often.
-    left = (args.eval_episodes + E - 1 - np.arange(E * T) // T) // E
+    left = np.repeat([len(range(e, args.eval_episodes, E)) for e in range(E)], T)
     obs, _ = envs.reset(seed=seed)
     while left.any():
         if stop:
@@ -729,7 +741,7 @@ def train(args, envs, path, progress, seed, stop):
         raise MemoryError(f"--buffer-size {args.buffer_size:,} does not fit into memory") from None
     tensorboard = start_run(args, agent, replay, path, global_step)
     n = args.batch_size // (T * RANKS)  # samples of each task in an update
-    finished = global_step >= args.total_steps and not eval_due  # as after a signal in one
+    finished = global_step >= args.total_steps and not eval_due
     started = time.time() - seconds
     saved_at = time.time()
     row_start = (global_step, time.time())
@@ -737,7 +749,7 @@ def train(args, envs, path, progress, seed, stop):
     sums = torch.zeros(T, 3)  # successes, returns and number of the episodes since the last row
     act = CUDAGraph(agent.act)
     update = CUDAGraph(agent.update)
-    torch.manual_seed(seed + 1)
+    torch.manual_seed(seed + 1)  # not the noise of the weights
     while not finished:
         # Act, before the first update with the untrained policy
         action, routes = act(torch.as_tensor(obs, dtype=torch.float32).to(args.device, non_blocking=True))
@@ -769,15 +781,19 @@ def train(args, envs, path, progress, seed, stop):
         global_step += stride
 
         # Evaluate and log
-        speed, place = pace(args, global_step, row_start)
+        speed = (global_step - row_start[0]) / (time.time() - row_start[1])
+        steps_left = max(args.total_steps - global_step, 0)
+        left = timedelta(minutes=steps_left / speed // 60)
+        status = f"step {global_step:,} ({speed:,.0f}/s, {str(left)[:-3]} h left)"
         if RANK == 0 and sys.stdout.isatty():  # the next line overwrites it
-            print(place if updates else f"step {global_step:,}", end="\x1b[K\r", flush=True)
+            print(status if updates else f"step {global_step:,}", end="\x1b[K\r", flush=True)
         finished = global_step >= args.total_steps
         # A multiple of eval_every was crossed if the remainder is smaller than a step.
         eval_due |= learning and (finished or global_step % args.eval_every < stride)
         if RANK == 0 and (eval_due or updates == 100 or (learning and global_step % args.log_every < stride)):
             row = {"global_step": global_step, "updates": updates, "seconds": time.time() - started}
             row["steps_per_second"] = speed
+            # nan unless evaluated; the first row decides which columns progress.csv has.
             metrics = dict.fromkeys(["success", "return", "modules_used"], math.nan)
             metrics["train_success"], metrics["train_return"], _ = (sums / sums[:, 2:]).T
             metrics["alpha"] = agent.log_alpha.detach().exp()
@@ -788,7 +804,9 @@ def train(args, envs, path, progress, seed, stop):
                 metrics |= results
                 eval_due = not results  # if a signal interrupts it, a resume repeats it
                 obs, _ = envs.reset()
-            write_row(args, tensorboard, row, place, metrics | losses)
+            text = write_row(args, tensorboard, row, metrics | losses)
+            if not stop:  # Ctrl-C may have ended tee, which reads this
+                print(f"{status}: {text}", flush=True)
             sums.zero_()
             row_start = (global_step, time.time())
 
@@ -803,8 +821,8 @@ def train(args, envs, path, progress, seed, stop):
             save_run(args, agent, replay, (global_step, updates, time.time() - started, eval_due))
             saved_at = time.time()
     if RANK == 0:
-        more = " --total-steps N" if global_step >= args.total_steps else ""
-        print(f"ended at step {global_step:,} of {args.total_steps:,}; to continue: --resume {args.run_dir}{more}")
+        hint = f"--resume {args.run_dir}" + " --total-steps N" * (global_step >= args.total_steps)
+        print(f"ended at step {global_step:,} of {args.total_steps:,}; to continue: {hint}")
 
 
 # ------------------------------------------------------------------------------------------- log, checkpoints and main
@@ -842,17 +860,9 @@ def start_run(args, agent, replay, path, global_step):
     return SummaryWriter(args.run_dir, purge_step=global_step + 1)
 
 
-def pace(args, global_step, row_start):
-    """Environment steps per second since row_start, the step and time of the last row; a text with the time left."""
-    speed = (global_step - row_start[0]) / (time.time() - row_start[1])
-    steps_left = max(args.total_steps - global_step, 0)
-    left = timedelta(minutes=steps_left / speed // 60)
-    return speed, f"step {global_step:,} ({speed:,.0f}/s, {str(left)[:-3]} h left)"
-
-
-def write_row(args, tensorboard, row, place, metrics):
+def write_row(args, tensorboard, row, metrics):
     """Append a row to progress.csv, and to TensorBoard: of each metric, (T,), the mean and the tasks' values. nan is
-    left blank; the file keeps the columns that it was created with."""
+    left blank; the file keeps the columns that it was created with. Returns the main ones as a text."""
     for name, values in metrics.items():
         values = torch.as_tensor(values).expand(len(args.tasks)).tolist()
         row[name] = np.mean(values)
@@ -870,8 +880,7 @@ def write_row(args, tensorboard, row, place, metrics):
             tensorboard.add_scalar(name, value, row["global_step"])
         tensorboard.flush()
     shown = ["train_success", "train_return", "critic_loss", "actor_loss", "alpha"]
-    text = ", ".join(f"{name} {known[name]:.4g}" for name in shown if name in known)
-    print(f"{place}: {text}", flush=True)
+    return ", ".join(f"{name} {known[name]:.4g}" for name in shown if name in known)
 
 
 def save_run(args, agent, replay, progress):
@@ -881,7 +890,7 @@ def save_run(args, agent, replay, progress):
     oldest = max(replay.added - replay.capacity, 0)
     rows = torch.arange(oldest, replay.added) % replay.capacity
     columns = [column[rows].cpu() for column in replay.columns]
-    replays = [columns] * RANKS
+    replays = [columns] * RANKS  # of several ranks rank 0 will gather them
     if RANKS > 1:
         torch.distributed.gather_object(columns, replays if RANK == 0 else None)
     if RANK > 0:
@@ -913,12 +922,9 @@ def load_saved(path, name):
         saved = torch.load(path, map_location="cpu", mmap=True)
         vars(args).update(saved["args"])
         saved["actor" if name == "actor.pt" else "agent"]  # KeyError: another kind of file
+        args.tasks = task_names(args.env_id)  # ValueError: those of another script
     except Exception as error:  # torch.load raises many kinds
-        raise OSError(f"{path} is missing, damaged, or no {name} of a run") from error
-    try:
-        args.tasks = task_names(args.env_id)
-    except ValueError as error:
-        raise OSError(f"{path} needs the script that trained it, for {args.env_id}") from error
+        raise OSError(f"{path} is missing, damaged, or no {name} of a run of tasks known here") from error
     return path, saved, args
 
 
@@ -990,7 +996,7 @@ def main(argv=None):
             train(args, envs, path, progress, seed, stop)
     except (EOFError, ConnectionError) as error:
         sys.exit(f"error: an environment's process died, or nobody reads the output: {error!r}")
-    except (FloatingPointError, MemoryError, OSError) as error:
+    except (FloatingPointError, ImportError, MemoryError, OSError) as error:
         sys.exit(f"error: {error}")
     finally:
         for worker in multiprocessing.active_children():  # SIGTERM would not stop them
