@@ -20,14 +20,15 @@ Difficult: Multi-Task Deep Reinforcement Learning with Dynamic Depth Routing", A
     wiring               x_i = sum_j w_ij o_j                                               MixSources
     ResRouting           if edge (i, j) is unlikely, i reads stop_gradient(f_j) + x_j       gradient_kept, MixSources
     soft actor-critic    losses and entropy coefficient alpha of each task                  Agent.update
+    replayed routes      the actor's loss takes the routes with which its sample was chosen Agent.actor_loss
     task weights         T softmax(-log alpha), proportional to 1 / alpha; scale losses     Agent.task_weights
     route balancing      a task's temperature is its weight                                 Agent.temperature
 
     T  tasks
     E  environments of each task; of all E T, environment i runs task i % T
-    B  samples in a batch, task by task: B / T of task 0, then of task 1, and so on
+    B  samples in a batch; in an update task by task: B / T of task 0, then of task 1, and so on
     M  base modules, numbered 0 ... M-1; the head counts as module M
-    K  sources of a module
+    K  sources of a module; edge (i, j) makes module j a source of module i
     H  width of a module
 
 Logits (B, M, M) and routes (B, M, K) have a row for each of the modules 1 ... M: row r belongs to module r + 1.
@@ -50,7 +51,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
-from itertools import count, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -123,7 +124,7 @@ class Args:
             self.total_steps = (1_000_000 if self.env_id == "MT50" else 1_500_000) * T
         label = f"{T}-tasks" if "," in self.env_id else self.env_id
         label += f"-{self.goals}-seed{self.seed}"
-        names = (label + f"-{n}" * (n > 1) for n in count(1))
+        names = [label, *(f"{label}-{n}" for n in range(2, 10_000))]
         defaults = {
             "buffer_size": (200_000 if self.env_id == "MT50" else 100_000) * T,
             "batch_size": 128 * T,
@@ -147,17 +148,18 @@ class Args:
         counts = ["envs_per_task", "batch_size", "eval_every", "eval_episodes", "log_every", "num_modules"]
         for name in [*counts, "module_width", "encoder_widths", "router_widths"]:
             option = "--" + name.replace("_", "-")
-            yield np.min(getattr(self, name), initial=1) < 1, f"{option} must be at least 1"
+            smallest = np.min(getattr(self, name), initial=1)  # initial: for an empty tuple
+            yield smallest < 1, f"{option} must be at least 1"
         yield not self.encoder_widths, "--encoder-widths needs at least one"
         yield self.device == "cuda" and not torch.cuda.is_available(), "--device: PyTorch finds no GPU"
+        yield not 1 <= self.episode_length <= 500, "--episode-length must lie between 1 and 500"
         if self.evaluate:
             return
         stride = self.envs_per_task * T * RANKS  # environment steps per iteration
         last = self.total_steps - stride
         yield self.run_dir.exists() and not self.resume, f"--run-name: {self.run_dir} exists; try --resume"
         yield not 0 < self.initial_alpha <= 1, "--initial-alpha must be positive, and at most 1"
-        yield not 1 <= self.episode_length <= 500, "--episode-length must lie between 1 and 500"
-        yield not 1 <= self.learning_starts <= last, f"--learning-starts: 1 to {stride} less than --total-steps"
+        yield not 1 <= self.learning_starts <= last, f"--learning-starts: between 1 and {last}, a step before the end"
         yield self.batch_size % (T * RANKS), f"--batch-size must be a multiple of {T * RANKS}, tasks times ranks"
         yield self.buffer_size < max(self.batch_size, stride), "--buffer-size must hold a batch, and a step"
 
@@ -167,12 +169,12 @@ class Args:
 # torch, torch.nn as nn, and torch.nn.functional as F.
 # ----------------------------------------------------------------------------------------------------- routing network
 def init(layer, head=False):
+    # NOTE: as in the authors' code; usual is the root of in_features, the fan-in.
+    bound = 3e-3 if head else layer.out_features**-0.5
+    nn.init.uniform_(layer.weight, -bound, bound)
     if head:
-        nn.init.uniform_(layer.weight, -3e-3, 3e-3)
-        nn.init.uniform_(layer.bias, -3e-3, 3e-3)
+        nn.init.uniform_(layer.bias, -bound, bound)
     else:
-        bound = layer.out_features**-0.5  # NOTE: as in the authors' code; usual is in_features, the fan-in.
-        nn.init.uniform_(layer.weight, -bound, bound)
         nn.init.constant_(layer.bias, 0.1)
     return layer
 
@@ -217,7 +219,7 @@ def top_k(logits, K):
 
 def sample_k(logits, K):
     """K draws without replacement from the softmax of each row: (B, M, M) -> routes (B, M, K).
-    An untrained router would otherwise always choose the same few sources and never try the others."""
+    Otherwise an untrained router, whose logits differ little but always alike, would never try the other sources."""
     uniform = torch.rand_like(logits).clamp_(min=torch.finfo(logits.dtype).tiny)
     gumbel = -(-uniform.log()).log()
     return top_k(logits + gumbel, K)  # Gumbel top-k: Kool et al., ICML 2019
@@ -235,7 +237,7 @@ def gradient_kept(logits):
     """ResRouting: true for edges that the current router finds likely, p_ij > 1 / (J_i + 1). (B, M, M) -> (B, M, M).
     p_i is the softmax of module i's logits, at temperature 1, over the J_i sources that it may choose from. The
     threshold is below the uniform 1 / J_i, so an untrained router, which is nearly uniform, keeps most edges."""
-    num_sources = (logits[:1] > -torch.inf).sum(-1, keepdim=True, dtype=logits.dtype)  # J_i, of any sample
+    num_sources = (logits[:1] > -torch.inf).sum(-1, keepdim=True, dtype=logits.dtype)  # J_i, for every sample
     return logits.softmax(-1) > 1 / (num_sources + 1)
 
 
@@ -285,17 +287,17 @@ class MixSources(torch.autograd.Function):
     and reaches, through x_j, the modules before j. The shortcut, which adds x_i to f_i, is never blocked.
 
     Plain autograd would compute just these three lines, but copy all outputs at each module. Here they lie in one
-    tensor o (S, H) of f_j + x_j, with S slots, one for each module and sample that is computed. Autograd does not see
+    tensor o (S, H) of f_j + x_j, with S slots, one for each computed pair of module and sample. Autograd does not see
     the writes into o, so the gradients are by hand. x_i is used twice: module i reads it (gradient g_i, of read_i), and
-    it is added to f_i (gradient s_i, which is that of o_i):
+    it is added to f_i (gradient s_i, which comes from the readers of module i):
 
         grad f_j = sum_i w_ij (kept_ij g_i + s_i)      s_j = sum_i w_ij (g_i + s_i)
 
-    Each reader i adds its terms to a shared accumulator: the gradient of the tape (S, 2, H), a tensor whose values mean
-    nothing and which is passed from mixing to mixing. Hence the backward pass runs from the head to module 1, and all
-    readers of module j have added theirs before its own turn. [:, 0] collects grad f_j, [:, 1] s_j. The accumulator
-    starts as zeros, which autograd makes, since nobody reads the last tape. torch.func, vmap and second derivatives do
-    not work through this function."""
+    The tape (S, 2, H) is a dummy, passed from mixing to mixing; only its gradient matters. It is an accumulator to which
+    each reader i adds its terms: [:, 0] collects grad f_j, [:, 1] s_j. The backward pass runs from the head to module
+    1, so all readers of module j have added theirs before its own turn. The accumulator starts as zeros, which autograd
+    makes, since nobody reads the last tape. torch.func, vmap and second derivatives do not work through this
+    function."""
 
     @staticmethod
     def forward(ctx, tape, o, f_prev, x_prev, slots_prev, w, w_fx, slots):
@@ -303,7 +305,7 @@ class MixSources(torch.autograd.Function):
         samples. w, slots (B_i, K); w_fx (B_i, K, 2): the shares of g_i for f_j, w_ij kept_ij, and for x_j, w_ij.
         Returns the tape and the sum (B_i, H) twice: read_i, on which module i may work in place, and x_i."""
         torch.add(f_prev, x_prev, out=o[slots_prev])
-        ctx.o = o  # not saved: later modules write into o, but into other slots
+        ctx.o = o  # save_for_backward would object to the later writes, which go to other slots
         ctx.slots_prev = slots_prev
         ctx.save_for_backward(w, w_fx, slots)
         if torch.compiler.is_compiling():  # it fuses this, but not embedding_bag
@@ -381,7 +383,7 @@ class D2RNetwork(nn.Module):
         # The pairs of a module j and a sample b are numbered j B + b.
         pairs = sources * B + torch.arange(B, device=h.device)[:, None, None]
         if h.is_cpu and not torch.compiler.is_compiling():
-            # A slot is the rank of a pair among the used ones. Nobody reads the slots of the others.
+            # A slot is the position of a pair among the used ones. Nobody reads the slots of the others.
             used = F.pad(used_modules(routes), (0, 1), value=True).T  # (M + 1, B)
             slots = (used.flatten().cumsum(0) - 1)[pairs]
             computed = used[1:].flatten().nonzero().squeeze(1)  # of the pairs of modules 1 ... M
@@ -474,7 +476,7 @@ class Agent(nn.Module):
     def act(self, obs, deterministic=False):
         """obs (E * T, obs_dim), row i of task i % T -> actions (E * T, A), routes (E * T, M, K). Deterministic:
         tanh(mean) and Top-K."""
-        task = self.tasks.repeat(len(obs) // len(self.tasks))
+        task = torch.arange(len(obs), device=obs.device) % len(self.tasks)
         temperature = None if deterministic else self.temperature()
         output, routes = self.actor(obs, task, temperature=temperature)
         action = output.chunk(2, dim=-1)[0].tanh() if deterministic else sample_action(output)[0]
@@ -532,12 +534,12 @@ class Agent(nn.Module):
         weight = self.task_weights()
         losses = {"critic_loss": weight * critic_loss, "actor_loss": weight * actor_loss}
         losses["alpha_loss"] = -self.log_alpha * (log_prob.detach() + self.target_entropy).mean(-1)
-        # NOTE: only in the authors' code, as in PaCo: a task whose loss exceeds the limit is skipped.
+        # NOTE: only in the authors' code, as in PaCo (NeurIPS 2022): a task whose loss exceeds the limit is skipped.
         total = sum(losses.values())
         left_out = total > self.args.max_task_loss
         loss = torch.where(left_out, 0.0, total).mean()
         # One backward pass serves the three losses: no two of them train the same parameter. A new parameter of yours
-        # belongs into a group of the optimizer.
+        # belongs in a group of the optimizer.
         self.optimizer.zero_grad()
         loss.backward()
         if torch.distributed.is_initialized():  # torchrun
@@ -705,8 +707,8 @@ def evaluate(args, agent, envs, stop, seed=None):
         for i in np.flatnonzero((terminated | truncated) & (left > 0)):
             left[i] -= 1
             sums[i % T] += infos["final_info"]["summary"][i]
-    table = sums / args.eval_episodes  # (T, 3)
-    table[:, 2] = np.reshape(depths, (-1, T)).mean(0)
+    success, total, _ = sums.T / args.eval_episodes
+    table = np.stack([success, total, np.reshape(depths, (-1, T)).mean(0)], axis=1)
     names = [*args.tasks, f"mean ({args.eval_episodes} episodes each)"]
     for name, row in zip(names, [*table, table.mean(0)]):
         text = "success {:.2f}, return {:.1f}, modules used {:.1f}".format(*row)
@@ -715,10 +717,10 @@ def evaluate(args, agent, envs, stop, seed=None):
 
 
 # ------------------------------------------------------------------------------------------------------- training loop
-def train(args, envs, path, progress, seed, stop):
-    """Train until --total-steps or a signal in `stop`, and end with a checkpoint. path, progress: as from
+def train(args, envs, path, counters, seed, stop):
+    """Train until --total-steps or a signal in `stop`, and end with a checkpoint. path, counters: as from
     parse_arguments. seed: of this session; a resumed run has other noise and goals."""
-    global_step, updates, seconds, eval_due = progress
+    global_step, updates, seconds, eval_due = counters
     T = len(args.tasks)
     cuda = args.device == "cuda"
     if cuda:
@@ -730,7 +732,7 @@ def train(args, envs, path, progress, seed, stop):
     sizes = (obs.shape[1], envs.action_space.shape[1])  # of an observation and an action
     torch.manual_seed(args.seed)  # all ranks start with the same weights
     agent = Agent(*sizes, T, args, args.device)
-    if args.compile and cuda:  # on a CPU it gains nothing
+    if args.compile and cuda:  # a CPU gains nothing; random numbers stay those of eager mode
         for network in (agent.actor, *agent.critics, *agent.target_critics):
             network.compile(dynamic=False, options={"fallback_random": True})
     stride = len(obs) * RANKS  # environment steps per iteration
@@ -782,9 +784,8 @@ def train(args, envs, path, progress, seed, stop):
 
         # Evaluate and log
         speed = (global_step - row_start[0]) / (time.time() - row_start[1])
-        steps_left = max(args.total_steps - global_step, 0)
-        left = timedelta(minutes=steps_left / speed // 60)
-        status = f"step {global_step:,} ({speed:,.0f}/s, {str(left)[:-3]} h left)"
+        hours = max(args.total_steps - global_step, 0) / speed / 3600
+        status = f"step {global_step:,} ({speed:,.0f}/s, {hours:.1f} h left)"
         if RANK == 0 and sys.stdout.isatty():  # the next line overwrites it
             print(status if updates else f"step {global_step:,}", end="\x1b[K\r", flush=True)
         finished = global_step >= args.total_steps
@@ -795,7 +796,8 @@ def train(args, envs, path, progress, seed, stop):
             row["steps_per_second"] = speed
             # nan unless evaluated; the first row decides which columns progress.csv has.
             metrics = dict.fromkeys(["success", "return", "modules_used"], math.nan)
-            metrics["train_success"], metrics["train_return"], _ = (sums / sums[:, 2:]).T
+            successes, returns, episodes = sums.T
+            metrics |= {"train_success": successes / episodes, "train_return": returns / episodes}
             metrics["alpha"] = agent.log_alpha.detach().exp()
             if args.sample_k:
                 metrics["temperature"] = agent.temperature()
@@ -821,8 +823,7 @@ def train(args, envs, path, progress, seed, stop):
             save_run(args, agent, replay, (global_step, updates, time.time() - started, eval_due))
             saved_at = time.time()
     if RANK == 0:
-        hint = f"--resume {args.run_dir}" + " --total-steps N" * (global_step >= args.total_steps)
-        print(f"ended at step {global_step:,} of {args.total_steps:,}; to continue: {hint}")
+        print(f"ended at step {global_step:,}; to continue: --resume {args.run_dir} [--total-steps N]")
 
 
 # ------------------------------------------------------------------------------------------- log, checkpoints and main
@@ -941,7 +942,7 @@ def load_policy(path, device="cpu"):
 
 
 def parse_arguments(argv=None):
-    """The arguments, by default those of the run that --resume or --evaluate names; the path of its file; its progress:
+    """The arguments, by default those of the run that --resume or --evaluate names; the path of its file; its counters:
     global step, updates, seconds, and whether an evaluation is due. OSError: no such run, or not with these options."""
 
     def find_run(resume: str | None = None, evaluate: str | None = None):
@@ -985,15 +986,15 @@ def main(argv=None):
                 os.write(2, b"once more ends at once\n")
 
     try:
-        args, path, progress = parse_arguments(argv)
+        args, path, counters = parse_arguments(argv)
         handlers = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        seed = args.seed + 10_000 * RANK + progress[0]  # after a resume other goals and noise
+        seed = args.seed + 10_000 * RANK + counters[0]  # after a resume other goals and noise
         envs = make_envs(args, seed)  # before CUDA starts
         if args.evaluate:
             torch.set_num_threads(1)  # more would compete with the environments
             evaluate(args, load_policy(path, args.device)[0], envs, stop, seed)
         else:
-            train(args, envs, path, progress, seed, stop)
+            train(args, envs, path, counters, seed, stop)
     except (EOFError, ConnectionError) as error:
         sys.exit(f"error: an environment's process died, or nobody reads the output: {error!r}")
     except (FloatingPointError, ImportError, MemoryError, OSError) as error:

@@ -643,17 +643,17 @@ def replayed(run_dir, N=2, rank=0):
 
 def test_a_run_on_meta_world(tmp_path, monkeypatch, capsys):
     run_dir, added, add = tmp_path / "run", [], d2r.ReplayBuffer.add
-    monkeypatch.setattr(d2r.ReplayBuffer, "add", lambda *step: added.append(add(*step)))  # 100 s each, then 1 s
-    monkeypatch.setattr(d2r, "time", types.SimpleNamespace(time=lambda: 100 * len(added[:20]) + len(added[20:])))
+    monkeypatch.setattr(d2r.ReplayBuffer, "add", lambda *step: added.append(add(*step)))  # 3600 s each, then 36 s
+    monkeypatch.setattr(d2r, "time", types.SimpleNamespace(time=lambda: 3600 * len(added[:20]) + 36 * len(added[20:])))
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     options = TWO_TASKS.replace("5,10", "reach-v3,drawer-close-v3")
     assert run(tmp_path, f"{options} --total-steps 240 --eval-every 170 --log-every 60") == 0
-    out, rewritten = re.subn(r"step \d+( \(2/s, 0:0\d h left\))?\x1b\[K\r", "", capsys.readouterr().out)
-    begin = f"starting environments: 2\n{run_dir}, from step 0\ncollecting, updates begin at step 40\nstep 60 (2/s, "
-    assert out.startswith(f"{begin}0:01 h left): ") and "nan" not in out and rewritten == 120
+    out, rewritten = re.subn(r"step \d+( \(0/s, [01]\.\d h left\))?\x1b\[K\r", "", capsys.readouterr().out)
+    begin = f"starting environments: 2\n{run_dir}, from step 0\ncollecting, updates begin at step 40\nstep 60 (0/s, "
+    assert out.startswith(f"{begin}0.9 h left): ") and "nan" not in out and rewritten == 120
     assert re.search(r"\nstep 120 .*: train_success [01].*, train_return .*, critic_loss .*, alpha 0.99", out)
     assert re.search(r"\nstep 180 .* left\): critic_loss", out)  # no episode ended since the last row
-    assert out.endswith(f"of 240; to continue: --resume {run_dir} --total-steps N\n")
+    assert out.endswith(f"\nended at step 240; to continue: --resume {run_dir} [--total-steps N]\n")
     facts, records = json.loads((run_dir / "args.json").read_text()), progress(run_dir)
     assert facts["args"]["total_steps"] == 240 and facts["versions"]["torch"] == version("torch")
     assert steps(run_dir) == [60, 120, 170, 180, 240]
