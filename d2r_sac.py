@@ -293,16 +293,16 @@ class MixSources(torch.autograd.Function):
 
         grad f_j = sum_i w_ij (kept_ij g_i + s_i)      s_j = sum_i w_ij (g_i + s_i)
 
-    The tape (S, 2, H) is a dummy, passed from mixing to mixing; only its gradient matters. It is an accumulator to which
-    each reader i adds its terms: [:, 0] collects grad f_j, [:, 1] s_j. The backward pass runs from the head to module
-    1, so all readers of module j have added theirs before its own turn. The accumulator starts as zeros, which autograd
+    The tape (S, 2, H) is a dummy, passed from mixing to mixing. Only its gradient matters: an accumulator, to which each
+    reader i adds its terms. [:, 0] collects grad f_j, [:, 1] s_j. The backward pass runs from the head to module 1, so
+    all readers of module j have added theirs before its own turn. The accumulator starts as zeros, which autograd
     makes, since nobody reads the last tape. torch.func, vmap and second derivatives do not work through this
     function."""
 
     @staticmethod
     def forward(ctx, tape, o, f_prev, x_prev, slots_prev, w, w_fx, slots):
-        """First stores o = f + x of module i - 1 in its slots, a slice; then mixes the sources of module i for B_i
-        samples. w, slots (B_i, K); w_fx (B_i, K, 2): the shares of g_i for f_j, w_ij kept_ij, and for x_j, w_ij.
+        """First stores o = f + x of module i - 1, which has just run, in its slots; then mixes the sources of module i,
+        for B_i samples. w, slots (B_i, K); w_fx (B_i, K, 2): the shares of g_i for f_j, w_ij kept_ij, and for x_j, w_ij.
         Returns the tape and the sum (B_i, H) twice: read_i, on which module i may work in place, and x_i."""
         torch.add(f_prev, x_prev, out=o[slots_prev])
         ctx.o = o  # save_for_backward would object to the later writes, which go to other slots
@@ -399,7 +399,7 @@ class D2RNetwork(nn.Module):
         x = torch.zeros_like(f)  # o_0 = f_0
         o = f.new_empty(sum(counts[:M]), f.shape[1])
         tape = f.new_empty(sum(counts[:M]), 2, f.shape[1])
-        slots_prev = slice(0, B)
+        slots_prev = slice(0, B)  # of module i - 1; i is the reader
         for reader, w_i, w_fx_i, slots_i in zip(readers, *by_module, strict=True):
             tape, read, x = MixSources.apply(tape, o, f, x, slots_prev, w_i, w_fx_i, slots_i)
             f = reader(read)
@@ -577,7 +577,7 @@ class ReplayBuffer:
             ]
 
     def add(self, *step):
-        """Store a step of all environments: the values of each column, (E * T, ...)."""
+        """Store a step of all environments, or many in an empty ring: the values of each column, (E * T, ...)."""
         start = self.added % self.capacity
         for column, values in zip(self.columns, step, strict=True):
             column[start : start + len(values)].copy_(torch.as_tensor(values), non_blocking=True)
@@ -760,9 +760,9 @@ def train(args, envs, path, counters, seed, stop):
         if not updates:  # speed is that with updates
             row_start = (global_step, time.time())
         if cuda:  # queue the update (Learn) behind acting, then wait for the action
-            acted = torch.cuda.current_stream().record_event()
+            action_ready = torch.cuda.current_stream().record_event()
             losses = update(*replay.sample(n)) if learning else losses
-            acted.synchronize()
+            action_ready.synchronize()
         check_finite(args.tasks, observation=obs, action=action)
         envs.step_async(action.numpy())
 
