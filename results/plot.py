@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import tyro
 from matplotlib.ticker import EngFormatter
 
@@ -28,6 +29,7 @@ PUBLISHED = {
     "MTSAC, 1.4M parameters": (RED, "s", (0.39, 0.66, 0.72, 0.75, 0.83, 0.85, 0.85)),
 }
 KEPT = {"MT10-cpu": (BLUE, 3_004_490, 0.54), "MT10-gpu": (ORANGE, 622_000, 0.53)}  # policies: steps, success
+COMPARED = {"d2r": ("D2R", SKY), "mt-sac": ("MT-SAC", "black")}  # names in results/comparison
 
 
 def directory(run: Path, out: Path | None) -> Path:
@@ -105,21 +107,31 @@ def plot(run: Path, out: Path | None = None) -> None:
 
 def plot_mt10(out: Path) -> None:
     """mt10.png: the runs of MT10 that are kept, beside published ones."""
+    from ablation import evaluations  # not above, since ablation.py imports this file
+
     figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
     for name, (color, *policy) in KEPT.items():
         steps, success = curve(read(RESULTS / name), "success")
-        axis.plot(steps, success, color=color, linewidth=1.2, marker="o", markersize=4, label=f"D2R, {name}")
+        axis.plot(steps, success, color=color, linewidth=1.2, marker="o", markersize=4, label=f"D2R, {name}, one seed")
         axis.plot(*policy, color=color, marker="*", markersize=17, markeredgecolor="black", linestyle="")
+    for name, (label, color) in COMPARED.items():
+        runs = [rows for run in sorted(RESULTS.glob(f"comparison/{name}-seed*")) if (rows := evaluations(run))]
+        if runs:
+            success = np.array([[row["success"] for row in rows] for rows in runs])
+            steps = [row["global_step"] for row in runs[0]]
+            axis.fill_between(steps, success.min(0), success.max(0), color=color, alpha=0.15, linewidth=0)
+            seeds = f"{len(runs)} seeds" if len(runs) > 1 else "one seed"
+            axis.plot(steps, success.mean(0), color=color, linewidth=1.2, label=f"{label}, small networks, {seeds}")
     own, _ = axis.get_legend_handles_labels()
     options = {"frameon": False, "fontsize": "small", "title_fontsize": "small", "alignment": "left"}
-    title = "this file, one seed, episodes of 200 steps\n(★ the kept policy, 50 episodes):"
+    title = "this file, episodes of 200 steps\n(★ a kept policy, 50 episodes):"
     axis.add_artist(axis.legend(handles=own, title=title, loc="upper left", **options))
     for name, (color, marker, success) in PUBLISHED.items():
         axis.plot(STEPS, success, color=color, linewidth=1.2, linestyle="--", marker=marker, markersize=5, label=name)
     published = axis.get_legend_handles_labels()[0][len(own) :]
     title = "arXiv 2503.05126, ten seeds, episodes of 500 steps:"
     axis.legend(handles=published, title=title, loc="lower right", **options)
-    axis.set(xscale="log", xlim=(9e4, 2.2e7), ylim=(0, 1))
+    axis.set(xscale="log", xlim=(4.5e4, 2.2e7), ylim=(0, 1))
     axis.set(xlabel="environment steps, summed over the ten tasks", ylabel="mean success rate, random goals")
     axis.set_xticks([1e5, 3e5, 1e6, 3e6, 1e7, 2e7])
     axis.set_xticks([], minor=True)

@@ -213,7 +213,7 @@ def test_ablation(tmp_path, monkeypatch, capsys):
     assert main("--variant", "none", function=command(ablation)) == 1
 
 
-@pytest.mark.parametrize("benchmark", ["ablation"])  # "comparison", too, once runs of it are kept
+@pytest.mark.parametrize("benchmark", ["ablation", "comparison"])
 def test_kept_runs_are_what_the_script_runs(tmp_path, monkeypatch, capsys, benchmark):
     """Its arguments and table are those of the script at this commit."""
     git = ["git", "-C", RESULTS, "ls-files", benchmark]
