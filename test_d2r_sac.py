@@ -1026,7 +1026,7 @@ MISTAKES = f"""
 --router-widths 8 0: --router-widths must be at least 1
 --episode-length 501: --episode-length must lie between 1 and 500
 --initial-alpha 0: --initial-alpha must be positive, and at most 1
---learning-starts 0: --learning-starts: 1 to 10 less than --total-steps
+--learning-starts 0: --learning-starts: between 1 and 14999990, a step before the end
 --device cuda: --device: PyTorch finds no GPU
 --top-k 17: top_k, 17, must lie between 0 and num_modules, 16
 --resume {RESULTS}/three-tasks: checkpoint.pt is missing, damaged, or no checkpoint.pt of a run

@@ -110,7 +110,7 @@ def test_routing_figures(policy, monkeypatch, capsys):
     counts = [collections.Counter(edge for step in chosen for edge in used_edges(step[t])) for t in range(2)]
     assert main("--evaluate", run_dir, "--eval-episodes", "3") == 0
     evaluated = re.findall(r"(\S+-v3): success ([0-9.]+), .* modules used ([0-9.]+)", capsys.readouterr().out)
-    for t, (line, (task, success, used)) in enumerate(zip(printed[1:3], evaluated, strict=True)):
+    for t, (line, (task, success, used)) in enumerate(zip(printed[2:4], evaluated, strict=True)):
         shares = np.zeros((4, 4))
         for (j, i), count in counts[t].items():
             shares[i - 1, j] = count / 30
@@ -138,14 +138,19 @@ def test_film(policy, monkeypatch, capsys):
     assert "the tasks of this run are reach-v3, drawer-close-v3" in capsys.readouterr().err
     for script in (film, routing):
         assert main(policy[0] / "none", function=command(script)) == 1
-        assert capsys.readouterr().err.startswith("error: [Errno 2] No such file")
+        assert capsys.readouterr().err.startswith(f"error: {policy[0] / 'none'} is missing, ")
 
 
 def test_plots(tmp_path):
     """Kept runs beside published ones; return if there is no success; a run before its first evaluation."""
     plot.plot_mt10(tmp_path)
     lines = {line.get_label(): line.get_ydata().tolist() for line in plot.plt.gca().get_lines()}
-    assert lines["D2R, MT10-gpu"] == [0.185, 0.485] and [0.53] in lines.values() and {*plot.PUBLISHED} < {*lines}
+    assert (
+        lines["D2R, MT10-gpu, one seed"] == [0.185, 0.485] and [0.53] in lines.values() and {*plot.PUBLISHED} < {*lines}
+    )
+    runs = [plot.curve(plot.read(run), "success")[1] for run in plot.RESULTS.glob("comparison/mt-sac-seed*/")]
+    mean = np.mean([run for run in runs if len(run) == 20], axis=0)
+    assert any(len(line) == 20 and np.allclose(line, mean) for line in lines.values())
     header = "global_step,success,success/a,return,return/a,train_return,modules_used,modules_used/a\n"
     forty = "".join(f"{i},,,,,{i},,\n" for i in range(40))
     means = [0, 0.5, 1, 1.5, *range(2, 38)]  # of up to five rows
