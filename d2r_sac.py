@@ -685,7 +685,7 @@ class CUDAGraph:
         return self.outputs
 
 
-def evaluate(args, agent, envs, stop, seed=None):
+def evaluate(args, agent, envs, stop):
     """Run --eval-episodes episodes of each task, deterministically. Prints and returns success, return, and modules
     used (a mean over all steps), (T,) each. Returns {} once a signal is in `stop`."""
     T = len(args.tasks)
@@ -695,7 +695,7 @@ def evaluate(args, agent, envs, stop, seed=None):
     E = args.envs_per_task
     # Episodes of each environment: a fixed share, else short episodes would count more often.
     left = np.repeat([len(range(e, args.eval_episodes, E)) for e in range(E)], T)
-    obs, _ = envs.reset(seed=seed)
+    obs, _ = envs.reset()
     while left.any():
         if stop:
             return {}
@@ -992,7 +992,8 @@ def main(argv=None):
         envs = make_envs(args, seed)  # before CUDA starts
         if args.evaluate:
             torch.set_num_threads(1)  # more would compete with the environments
-            evaluate(args, load_policy(path, args.device)[0], envs, stop, seed)
+            envs.reset(seed=seed)  # an evaluation resets again, as in training
+            evaluate(args, load_policy(path, args.device)[0], envs, stop)
         else:
             train(args, envs, path, counters, seed, stop)
     except (EOFError, ConnectionError) as error:
