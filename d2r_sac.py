@@ -16,7 +16,6 @@ Difficult: Multi-Task Deep Reinforcement Learning with Dynamic Depth Routing", A
     depth                number of modules (not length of path) that lead to the head       used_modules
     routing granularity  the sources that a module may choose from                          allowed_sources
     base modules         f_i = relu(W_i x_i + b_i), o_i = f_i + x_i                         BaseModule, D2RNetwork
-    input                module 0 reads relu(h), and o_0 = f_0                              D2RNetwork.run_modules
     wiring               x_i = sum_j w_ij o_j                                               MixSources
     ResRouting           if edge (i, j) is unlikely, i reads stop_gradient(f_j) + x_j       gradient_kept, MixSources
     soft actor-critic    losses and entropy coefficient alpha of each task                  Agent.update
@@ -282,9 +281,9 @@ class MixSources(torch.autograd.Function):
 
     Both sums have the same value, and w_ij always gets its gradient. Some edges (i, j) on a route are unlikely for the
     current router: the actor's routes are replayed from an older policy, the critics' are sampled at a temperature, and
-    Top-K takes K sources even if one has nearly all the probability. Since the router would rarely send such
-    a sample from j to i, module j should not be trained by what module i makes of it: the gradient of read_i skips f_j
-    and reaches, through x_j, the modules before j. The shortcut, which adds x_i to f_i, is never blocked.
+    Top-K takes K sources even if one has nearly all the probability. Since the router would rarely send such a sample
+    from j to i, module j should not be trained by what module i makes of it: the gradient of read_i skips f_j and
+    reaches, through x_j, the modules before j. The shortcut, which adds x_i to f_i, is never blocked.
 
     Plain autograd would compute just these three lines, but copy all outputs at each module. Here they lie in one
     tensor o (S, H) of f_j + x_j, with S slots, one for each computed pair of module and sample. Autograd does not see
