@@ -122,6 +122,9 @@ def plot_mt10(out: Path) -> None:
             axis.fill_between(steps, success.min(0), success.max(0), color=color, alpha=0.15, linewidth=0)
             seeds = f"{len(runs)} seeds" if len(runs) > 1 else "one seed"
             axis.plot(steps, success.mean(0), color=color, linewidth=1.2, label=f"{label}, small networks, {seeds}")
+        steps, success = curve(read(RESULTS / f"longer/{name}-seed3"), "success")
+        options = {"color": color, "linewidth": 1.2, "linestyle": ":"}
+        axis.plot(steps[19:], success[19:], label=f"{label}, one of them continued", **options)  # from a million steps
     own, _ = axis.get_legend_handles_labels()
     options = {"frameon": False, "fontsize": "small", "title_fontsize": "small", "alignment": "left"}
     title = "this file, episodes of 200 steps\n(★ a kept policy, 50 episodes):"

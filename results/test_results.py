@@ -151,6 +151,9 @@ def test_plots(tmp_path):
     finished = filter(ablation.evaluations, plot.RESULTS.glob("comparison/mt-sac-seed*/"))
     mean = np.mean([plot.curve(plot.read(run), "success")[1] for run in finished], axis=0)
     assert any(len(line) == 20 and np.allclose(line, mean) for line in lines.values())
+    first_million = plot.curve(plot.read(RESULTS / "comparison/mt-sac-seed3"), "success")[1]
+    continued = lines["MT-SAC, one of them continued"]
+    assert len(continued) == 21 and continued[0] == first_million[-1]
     header = "global_step,success,success/a,return,return/a,train_return,modules_used,modules_used/a\n"
     forty = "".join(f"{i},,,,,{i},,\n" for i in range(40))
     means = [0, 0.5, 1, 1.5, *range(2, 38)]  # of up to five rows
