@@ -116,15 +116,14 @@ def plot_mt10(out: Path) -> None:
         axis.plot(*policy, color=color, marker="*", markersize=17, markeredgecolor="black", linestyle="")
     for name, (label, color) in COMPARED.items():
         runs = [rows for run in sorted(RESULTS.glob(f"comparison/{name}-seed*")) if (rows := evaluations(run))]
-        if runs:
-            success = np.array([[row["success"] for row in rows] for rows in runs])
-            steps = [row["global_step"] for row in runs[0]]
-            axis.fill_between(steps, success.min(0), success.max(0), color=color, alpha=0.15, linewidth=0)
-            seeds = f"{len(runs)} seeds" if len(runs) > 1 else "one seed"
-            axis.plot(steps, success.mean(0), color=color, linewidth=1.2, label=f"{label}, small networks, {seeds}")
+        success = np.array([[row["success"] for row in rows] for rows in runs])
+        steps = [row["global_step"] for row in runs[0]]
+        style = {"color": color, "linewidth": 1.2}
+        axis.fill_between(steps, success.min(0), success.max(0), color=color, alpha=0.15, linewidth=0)
+        axis.plot(steps, success.mean(0), label=f"{label}, small networks, {len(runs)} seeds", **style)
         steps, success = curve(read(RESULTS / f"longer/{name}-seed3"), "success")
-        options = {"color": color, "linewidth": 1.2, "linestyle": ":"}
-        axis.plot(steps[19:], success[19:], label=f"{label}, one of them continued", **options)  # from a million steps
+        first = steps.index(1_000_000)
+        axis.plot(steps[first:], success[first:], ":", label=f"{label}, one of them continued", **style)
     own, _ = axis.get_legend_handles_labels()
     options = {"frameon": False, "fontsize": "small", "title_fontsize": "small", "alignment": "left"}
     title = "this file, episodes of 200 steps\n(★ a kept policy, 50 episodes):"
