@@ -4,57 +4,55 @@
     pip install -r requirements.txt
     python d2r_sac.py --env-id MT10
 
-One policy for many tasks. For every state and task a routing network chooses which of M base modules to use, and which
-earlier modules each of them reads, so an easy task can take few modules and a hard one many. Paper: He et al., "Not All
-Tasks Are Equally Difficult: Multi-Task Deep Reinforcement Learning with Dynamic Depth Routing", AAAI 2024,
-arXiv:2312.14472.
+One policy for many tasks. Its network has M base modules and a head. For every state and task a routing network chooses
+which earlier modules, its sources, each module reads. So an easy task can use few modules, and a hard one many.
 
-    concept              formula                                                            here
-    routing network      z = router(h * e), h = encoder(state), e = encoder(task)           RoutingNetwork
-    Top-K                module i reads the K modules j with the largest logits z_ij        top_k
-    Sample-K             K draws without replacement from softmax_j(z_ij / temperature)     sample_k
-    routing weights      w_ij = softmax of z_ij over the K chosen sources j                 routing_weights
-    routing granularity  the sources that a module may choose from                          allowed_sources
-    first module         x_0 = 0, f_0 = relu(W_0 relu(h) + b_0)                             BaseModule
-    later modules        x_i = sum_j w_ij (f_j + x_j), f_i = relu(W_i x_i + b_i)            D2RNetwork
-    ResRouting           p_ij = softmax of z_ij over all allowed sources j. If p_ij is low, gradient_kept, mix_sources
-                         module i's layer sends no gradient to f_j
-    depth                the number of modules that lead to the head                        used_modules
-    soft actor-critic    its losses, with an entropy coefficient alpha for each task        Agent
-    replayed routes      the actor's loss uses the routes with which its action was chosen  Agent.actor_loss
-    task weights         T softmax(-log alpha), with mean 1, multiply the tasks' losses     Agent.task_weights
-    route balancing      the temperature of a task's Sample-K is its task weight            Agent.temperature
+    state -> h,  task -> e,  h * e -> router -> logits -> routes: the K sources of each module, and of the head
+    h -> module 0 -> modules 1 ... M-1, each reads a weighted sum of its sources -> head -> action, or Q-value
 
-    T  tasks                                 M  base modules, numbered 0 ... M-1
-    E  environments of each task             K  sources of a module
-    B  samples in a batch                    H  width of a module
+Paper: He et al., "Not All Tasks Are Equally Difficult: Multi-Task Deep Reinforcement Learning with Dynamic Depth
+Routing", AAAI 2024, arXiv:2312.14472. The authors' code: github.com/DarkDawn233/D2R_MTRL.
 
-Module 0 reads the state's embedding. All others, and the head, read earlier modules. So logits (B, M, M) and routes
-(B, M, K) have M rows: those of module 1, module 2, ..., module M-1, and the head. A logit of -inf forbids an edge. An
-example with M = 3 and K = 2, for a sample b:
+An example with M = 3 and K = 2, for one sample. Module 0 reads h; modules 1 and 2 and the head have a row of routes:
 
-    routes[b] = [[0, 0],    module 1 reads module 0, its only choice; a source named twice counts once
-                 [1, 0],    module 2 reads modules 1 and 0
-                 [2, 0]]    the head reads modules 2 and 0; all three modules lead to it, so the depth is 3
+    routes = [[0, 0],    module 1 reads module 0, its only choice; a source named twice counts once
+              [1, 0],    module 2 reads modules 1 and 0
+              [2, 0]]    the head reads modules 2 and 0; all three modules lead to it, so the depth is 3
 
-    x_1 = f_0                               f_1 = relu(W_1 x_1 + b_1)
-    x_2 = w_21 (f_1 + x_1) + w_20 f_0       f_2 = relu(W_2 x_2 + b_2)
-    x_3 = w_32 (f_2 + x_2) + w_30 f_0       output = W_3 x_3 + b_3, the head's
+    x_0 = 0                        f_0 = relu(W_0 relu(h) + b_0)     o_0 = f_0
+    x_1 = o_0                      f_1 = relu(W_1 x_1 + b_1)         o_1 = f_1 + x_1
+    x_2 = w_21 o_1 + w_20 o_0      f_2 = relu(W_2 x_2 + b_2)         o_2 = f_2 + x_2
+    x_3 = w_32 o_2 + w_30 o_0      output = W_3 x_3 + b_3, the head's
 
-Choosing sources is not differentiable. The router learns through the weights of the sources that were chosen. Nothing
-rewards a short route: the router learns what SAC's losses teach it. That easy tasks end up with fewer modules is an
-empirical claim of the paper, which our runs do not show.
+As in a residual network, module i hands on what it made, f_i, plus what it read, x_i, its shortcut. Row r of logits
+(B, M, M), routes and weights (B, M, K) belongs to module r + 1. A logit of -inf forbids an edge. In general:
 
-What to expect: train_return rises, alpha falls from where it started, and skipped stays 0. With README's options for
-short runs three easy tasks are solved after half an hour on a CPU core; MT10 reached a success rate of 0.5 after 50,000
-steps of each task, four minutes on an H100. With the paper's options, the defaults, entropy dominates at first, so
-success comes later; we have not yet run them to their end.
+    concept              formula                                                           code
+    routing network      z = router(h * e), h = encoder(inputs), e = encoder(task)         RoutingNetwork
+    Top-K                module i reads the K sources j with the largest logits z_ij       top_k
+    Sample-K             K draws without replacement from softmax_j(z_ij / temperature)    sample_k
+    routing weights      w_ij = softmax of z_ij over the K chosen sources                  routing_weights
+    probabilities        p_ij = softmax of z_ij over all allowed sources, for ResRouting   gradient_kept
+    ResRouting           if p_ij is low, module i's layer sends no gradient to f_j         mix_sources
+    wiring               x_i = sum_j w_ij o_j, f_i = relu(W_i x_i + b_i), o_i = f_i + x_i  D2RNetwork
+    depth                how many modules lead to the head (not the length of a path)      used_modules
+    routing granularity  the sources that a module may choose from                         allowed_sources
+    soft actor-critic    its losses; each task has an entropy coefficient alpha            Agent
+    task weights         T softmax(-log alpha), with mean 1, multiply the tasks' losses    Agent.task_weights
+    route balancing      a task's weight is also its temperature in Sample-K               Agent.temperature
 
-results/fast.py trains the same networks in half the time, or less. results/evaluate.py evaluates a trained policy. Every
-module is computed for every sample here, also if its weight is 0; fast.py skips what is not used.
+    T  tasks                                 B  samples, always ordered by task: B / T of the first, and so on
+    E  environments of each task             M  modules, numbered 0 ... M-1; the head counts as module M
+    H  width of a module                     K  sources of a module; edge (i, j): module i reads module j
 
-`# NOTE:` marks where the paper, the authors' code and this file differ, or where the code settles what the paper leaves
-open.
+Choosing is not differentiable: the router learns through the weights of the sources that were chosen. Nothing rewards
+a short route. That easy tasks end up with fewer modules is an empirical claim of the paper, which our runs do not show.
+
+What to expect: train_return rises, alpha falls from where it started, skipped stays 0. With README's options for short
+runs three easy tasks are solved in half an hour on a CPU core, and MT10 reached a success rate of 0.5 in 50,000 steps
+of each task, four minutes on an H100. With the defaults, the paper's options, success comes later; we have not run them
+to the end. results/fast.py computes the same in about half the time, since it skips modules that a sample does not use.
+results/evaluate.py evaluates a policy. `# NOTE:` marks where the paper, its authors' code and this file differ.
 """
 
 import copy
@@ -86,9 +84,9 @@ class Args:
     """Dynamic Depth Routing (D2R) with multi-task SAC. The defaults are the paper's for MT10."""
 
     env_id: str = "MT10"  # MT10, MT25, MT50, or Meta-World V3 tasks (reach-v3,drawer-close-v3)
-    goals: Literal["random", "fixed"] = "random"  # one of the task's 50 each episode, or always one
+    goals: Literal["random", "fixed"] = "random"  # each episode another of 50, or always one
     episode_length: int = 200  # time limit of an episode, in steps, at most 500
-    envs_per_task: int = 1  # environments of each task (E); an update follows each step of all
+    envs_per_task: int = 1  # environments of each task (E); there is one update per step of all
     # Budgets of each task
     steps: int = 1_500_000  # environment steps of each task (the paper on MT50: 1_000_000)
     buffer_size: int = 100_000  # transitions of each task in the replay buffer (MT50: 200_000)
@@ -96,11 +94,11 @@ class Args:
     learning_starts: int = 4_000  # environment steps of each task before the first update
     # Networks and routing
     num_modules: int = 16  # base modules of a network (M)
-    top_k: int = 2  # sources of a module (K); num_modules: all that it may choose from (soft routing)
+    top_k: int = 2  # sources of a module (K); for soft routing, as many as num_modules
     routing: Literal["module", "layer", "model"] = "module"  # granularity, see allowed_sources
     parallel_modules: int = 4  # modules in a layer, or number of chains (P), for layer and model
     module_width: int = 128  # width of a base module (H)
-    encoder_widths: tuple[int, ...] = (400, 400)  # state encoder; the last is also the task encoder's
+    encoder_widths: tuple[int, ...] = (400, 400)  # layers; the last is also the task encoder's
     router_widths: tuple[int, ...] = (256, 256)  # hidden layers of the router
     resrouting: bool = True  # ResRouting; without it gradients reach all chosen modules
     route_balancing: bool = True  # a temperature for each task; without it all have temperature 1
@@ -112,7 +110,7 @@ class Args:
     alpha_learning_rate: float = 1e-4  # of each task's log alpha
     initial_alpha: float = 1.0  # entropy coefficient of every task at the start, at most 1
     reward_scale: float = 0.1  # factor on the environments' rewards
-    max_task_loss: float = 3e3  # an update skips tasks whose weighted losses sum to more
+    max_task_loss: float = 3e3  # an update skips tasks whose losses sum to more
     max_grad_norm: float = 1.0  # limit of gradients: of the actor, each critic, and log alpha
     # The run
     seed: int = 1  # seed of the networks, the sampling and the goals
@@ -132,20 +130,18 @@ class Args:
             raise ValueError("--top-k must be at least 1, and at most --num-modules")
         if self.initial_alpha > 1:
             raise ValueError("--initial-alpha must be at most 1, where alpha is clamped")
-        name = f"{len(self.tasks)}-tasks" if "," in self.env_id else self.env_id
-        self.run_dir = self.run_dir or f"results/{name}-{self.goals}-seed{self.seed}"
+        self.run_dir = self.run_dir or f"results/{self.env_id}-{self.goals}-seed{self.seed}"
 
 
 # ======================================================================================================================
 # The method. To use it elsewhere, copy the code between the double lines. It needs copy, math, itertools.pairwise,
-# torch, torch.nn as nn, and torch.nn.functional as F. A network by itself:
-#
-#     network = D2RNetwork(input_dim=39, output_dim=8, num_tasks=10, args=Args())
+# torch, nn and F. A network by itself, if args has the options from num_modules to resrouting:
+#     network = D2RNetwork(input_dim=39, output_dim=8, num_tasks=10, args=args)
 #     output, routes = network(states, tasks)  # (B, 39), (B,) -> (B, 8), (B, M, K): Top-K
 #     output, routes = network(states, tasks, temperature=torch.ones(10))  # Sample-K
 # ----------------------------------------------------------------------------------------------------- routing network
 def init(layer):
-    bound = layer.out_features**-0.5  # NOTE: as in the authors' code; usual is the root of in_features, the fan-in.
+    bound = layer.out_features**-0.5  # NOTE: as in the authors' code; usual is in_features**-0.5.
     nn.init.uniform_(layer.weight, -bound, bound)
     nn.init.constant_(layer.bias, 0.1)
     return layer
@@ -170,11 +166,11 @@ class RoutingNetwork(nn.Module):
         # NOTE: the router's last layer is initialised like its hidden ones, as in the authors' code.
         self.router = mlp((encoder_widths[-1], *router_widths, int(allowed.sum())))
         self.register_buffer("one_hot", torch.eye(num_tasks), persistent=False)
-        self.register_buffer("edges", allowed.flatten().nonzero().squeeze(1), persistent=False)
+        self.register_buffer("edges", allowed.flatten().nonzero().squeeze(1), persistent=False)  # of M * M
 
     def forward(self, inputs, task):
         """inputs (B, input_dim), task (B,) indices -> h (B, encoder_widths[-1]), logits (B, M, M).
-        The embeddings have no activation, so that h * e keeps the signs of both. Module 0 will read relu(h)."""
+        NOTE: the embeddings have no activation, as in the authors' code, so that h * e keeps the signs of both."""
         h = self.obs_encoder(inputs)
         e = self.task_encoder(self.one_hot[task])
         z = self.router(h * e)  # (B, number of allowed edges)
@@ -190,26 +186,26 @@ def top_k(logits, K):
 
 
 def sample_k(logits, K):
-    """K draws without replacement from the softmax of each row: (B, M, M) -> routes (B, M, K).
-    With Top-K an untrained router, whose logits hardly depend on the state, would never try the other sources.
+    """K draws without replacement from the softmax of each row: (B, M, M) -> routes (B, M, K). An untrained router's
+    logits hardly depend on the state: Top-K would choose the same sources everywhere, and never try the others.
     The K largest of logits plus Gumbel noise are such draws (Kool et al., ICML 2019)."""
-    uniform = torch.rand_like(logits).clamp_(min=torch.finfo(logits.dtype).tiny)
+    uniform = torch.rand_like(logits).clamp_(min=torch.finfo(logits.dtype).tiny)  # so that logs are finite
     gumbel = -(-uniform.log()).log()
     return top_k(logits + gumbel, K)
 
 
 def routing_weights(logits, routes):
-    """Softmax of the logits over the chosen sources, repeated ones once: (B, M, M), (B, M, K) -> (B, M, K).
-    Sample-K's temperature plays no part here: it changes which sources are tried, not how they are mixed."""
+    """Softmax of the logits over the chosen sources: (B, M, M), (B, M, K) -> (B, M, K). Of [0, 0] the second has weight
+    0. Sample-K's temperature plays no part here: it changes which sources are tried, not how they are mixed."""
     repeated = [(routes[..., :k] == routes[..., k, None]).any(-1) for k in range(routes.shape[-1])]
     z = logits.gather(-1, routes).masked_fill(torch.stack(repeated, dim=-1), -torch.inf)
     return z.softmax(-1)
 
 
 def allowed_sources(M, routing, P):
-    """Routing granularity: (M, M) bool, the sources that each row's module, or the head, may choose from.
-    module: all earlier modules. layer: the P modules of the layer before. model: the module before in one of P chains;
-    only the head chooses, among their ends. With M = 6 and P = 2:
+    """Routing granularity: (M, M) bool, the sources that each row's module, or the head, may choose from. module: all
+    earlier modules. layer: the P modules of the layer before. model: there are P chains, and only the head chooses,
+    among their ends. The first P modules all read module 0. With M = 6 and P = 2:
 
         reader          1     2       3          4             5                head
         module          0     0 1     0 1 2      0 1 2 3       0 1 2 3 4        0 1 2 3 4 5
@@ -217,23 +213,23 @@ def allowed_sources(M, routing, P):
         model           0     0       1          2             3                4 5"""
     # NOTE: the paper compares these three; the authors' code has only the first, the others are our reading.
     if routing != "module" and not (1 <= P <= M and M % P == 0):
-        raise ValueError(f"num_modules, {M}, must be a multiple of parallel_modules, {P}")
+        raise ValueError("--num-modules must be a multiple of --parallel-modules")
     i = torch.arange(1, M + 1)[:, None]  # the readers
     j = torch.arange(M)  # their sources
     if routing == "module":
         return j < i
     sources = j // P == i // P - 1  # the layer before
     if routing == "model":
-        sources &= (j % P == i % P) | (i == M)  # only the module of the same chain; the head reads all chains' ends
-    return torch.where(i < P, j == 0, sources)  # all of the first layer, or the starts of all chains, read module 0
+        sources &= (j % P == i % P) | (i == M)  # only of the same chain; the head: of all
+    return torch.where(i < P, j == 0, sources)
 
 
 # ------------------------------------------------------------------------------------------------------- base modules
 class BaseModule(nn.Linear):
-    """f = relu(W x + b). Any nn.Module can replace it that maps (., in_features) to (., out_features), treats each
-    sample by itself. D2RNetwork builds it as BaseModule(in_features, out_features)."""
+    """f = relu(W x + b). Any nn.Module can replace it that is built as BaseModule(in_features, out_features), maps (B,
+    in_features) to (B, out_features), and treats each sample by itself (no BatchNorm)."""
 
-    def reset_parameters(self):
+    def reset_parameters(self):  # nn.Linear calls it
         init(self)
 
     def forward(self, x):
@@ -242,41 +238,39 @@ class BaseModule(nn.Linear):
 
 def gradient_kept(logits):
     """ResRouting, part 1: the edges that the current router finds likely. (B, M, M) -> (B, M, M) bool.
-    Edge (i, j) is likely if p_ij > 1 / (J + 1). p_ij is the softmax of module i's logits over all J sources that it may
-    choose from, not only the chosen ones, and at temperature 1. A router that knows nothing has p_ij = 1 / J, just above
-    the threshold. So edges are kept at first, and blocked when the router has learned to avoid them."""
-    # NOTE: the threshold is that of the authors' code.
+    Edge (i, j) is likely if p_ij > 1 / (J + 1) (NOTE: a threshold of the authors' code). p_ij is the softmax over all J
+    sources that module i may choose from, not only over the chosen ones, and at temperature 1. With J = 4 and p = 0.6,
+    0.25, 0.1, 0.05 the first two are likely. An untrained router has about p = 1 / J, so it keeps most edges."""
     J = (logits > -torch.inf).sum(-1, keepdim=True, dtype=logits.dtype)
     return logits.softmax(-1) > 1 / (J + 1)
 
 
 def mix_sources(f, x, w, kept):
-    """ResRouting, part 2: mix the K sources j of module i. f, x (B, K, H) are their f_j and x_j; w, kept (B, K).
-    Returns two sums (B, H) of the same value, sum_j w_ij (f_j + x_j), but with different gradients: what module i's layer
-    reads, and x_i, its shortcut, which is added to its output f_i. The rule:
+    """ResRouting, part 2: mix the outputs o_j = f_j + x_j of module i's K sources. f, x (B, K, H); w, kept (B, K) ->
+    the sum of w_ij o_j, (B, H), twice: as the input of module i's layer, and as its shortcut x_i. The values are equal,
+    the gradients are not:
 
-        the gradient of                          reaches w_ij    reaches f_j              reaches x_j
-        what module i's layer reads              yes             if edge (i, j) is kept   yes
-        the shortcut x_i                         yes             yes                      yes
+        a gradient that comes through    reaches w_ij    reaches x_j    reaches f_j
+        the layer of module i            yes             yes            only if edge (i, j) is kept
+        the shortcut of module i         yes             yes            yes
 
-    The reason: the actor learns from replayed routes, which an older policy chose. Suppose that module 9 read modules 3
-    and 5 then, and that the router has since learned to avoid both, with p = 0.01 each. The weights are a softmax over
-    only these two, so they are about 0.5 each, and modules 3 and 5 would get full gradients for serving a reader that
-    they hardly ever will serve. With the rule, what module 9's layer sends back skips f_3 and f_5, and goes through x_3
-    and x_5 to the modules before them.
-
-    What still learns: the router, since w gets its gradient; modules 3 and 5 from their other readers; and also from the
-    readers of module 9, through its shortcut x_9, as in the authors' code. The head has no shortcut."""
+    Why: the actor learns from replayed routes, which an older policy chose. Suppose that module 9 read modules 3 and 5
+    then, and that the router has since learned to avoid both, with p = 0.01 each. The weights are a softmax over only
+    these two, about 0.5 each, so modules 3 and 5 would learn at full strength to serve a reader that they will hardly
+    ever serve again. (If only one of them were unlikely, its weight would be small anyway.) So the gradient goes around
+    f_3 and f_5, through x_3 and x_5, to the modules before them: hence the name. The router still learns, through w.
+    NOTE: the shortcut is not blocked, as in the authors' code. So modules 3 and 5 still learn from what the readers of
+    module 9 make of x_9. The head has no shortcut: what it reads over a blocked edge does not train f_j at all."""
     w = w[..., None]  # (B, K, 1)
-    f_read = torch.where(kept[..., None], f, f.detach())
-    read = (w * (f_read + x)).sum(1)
+    f_kept = torch.where(kept[..., None], f, f.detach())
+    layer_input = (w * (f_kept + x)).sum(1)
     shortcut = (w * (f + x)).sum(1)
-    return read, shortcut
+    return layer_input, shortcut
 
 
 class D2RNetwork(nn.Module):
     """A routing network and its base modules: an actor (output: mean and log std), a critic (output: Q), or any other.
-    args can be any object that has the options num_modules ... resrouting of Args."""
+    args: an object with the options that Args has under "Networks and routing", from num_modules to resrouting."""
 
     def __init__(self, input_dim, output_dim, num_tasks, args):
         super().__init__()
@@ -286,7 +280,7 @@ class D2RNetwork(nn.Module):
         allowed = allowed_sources(M, args.routing, args.parallel_modules)
         self.routing_network = RoutingNetwork(input_dim, num_tasks, allowed, args.encoder_widths, args.router_widths)
         widths = [args.encoder_widths[-1]] + [args.module_width] * M
-        self.base_modules = nn.ModuleList(BaseModule(a, b) for a, b in pairwise(widths))
+        self.base_modules = nn.ModuleList(BaseModule(*pair) for pair in pairwise(widths))
         self.head = nn.Linear(args.module_width, output_dim)
         for parameter in self.head.parameters():
             nn.init.uniform_(parameter, -3e-3, 3e-3)
@@ -300,23 +294,23 @@ class D2RNetwork(nn.Module):
                 routes = top_k(logits, self.K)
             else:
                 routes = sample_k(logits / temperature[task, None, None], self.K)
-        return self.run_modules(h, logits, routes.long()), routes
+        return self.run_modules(h, logits, routes.long()), routes  # the replay buffer stores int16
 
     def run_modules(self, h, logits, routes):
         """h (B, encoder_widths[-1]), logits (B, M, M), routes (B, M, K) of allowed edges -> output (B, output_dim)."""
         w = routing_weights(logits, routes)  # (B, M, K)
         kept = gradient_kept(logits).gather(-1, routes)
         if not self.resrouting:
-            kept = torch.ones_like(kept)
-        b = torch.arange(len(h), device=h.device)[:, None]  # (B, 1), the samples
-        f = [self.base_modules[0](F.relu(h))]  # outputs of the modules so far, (B, H) each
+            kept = torch.ones_like(kept)  # the ablation
+        sample = torch.arange(len(h), device=h.device)[:, None]  # (B, 1)
+        f = [self.base_modules[0](F.relu(h))]  # (B, H), of each module so far
         x = [torch.zeros_like(f[0])]
         for row, reader in enumerate([*self.base_modules[1:], self.head]):
             j = routes[:, row]  # (B, K), the reader's sources
-            f_j = torch.stack(f, dim=1)[b, j]  # (B, K, H)
-            x_j = torch.stack(x, dim=1)[b, j]
-            read, shortcut = mix_sources(f_j, x_j, w[:, row], kept[:, row])
-            f.append(reader(read))
+            f_j = torch.stack(f, dim=1)[sample, j]  # (B, K, H)
+            x_j = torch.stack(x, dim=1)[sample, j]
+            layer_input, shortcut = mix_sources(f_j, x_j, w[:, row], kept[:, row])
+            f.append(reader(layer_input))
             x.append(shortcut)
         return f[-1]  # the head's
 
@@ -326,8 +320,8 @@ def used_modules(routes):
     M = routes.shape[1]
     chosen = (routes[..., None] == torch.arange(M, device=routes.device)).any(2)  # (B, M, M)
     used = chosen[:, -1]  # the head's sources
-    for i in range(M - 1, 0, -1):  # if module i is used, so are its sources, which stand in row i - 1
-        used = used | (used[:, i, None] & chosen[:, i - 1])
+    for row in range(M - 2, -1, -1):  # if the module of a row is used, so are its sources
+        used = used | (used[:, row + 1, None] & chosen[:, row])
     return used
 
 
@@ -349,13 +343,13 @@ class Agent(nn.Module):
 
         pass                                      routes             because
         actor, acting in training                 Sample-K, stored   it also has to try what does not look best
-        actor, its loss on replayed states        the stored ones    the routes that were explored are to be trained
-        critics, their loss on replayed actions   Sample-K           they have to try routes of their own
-        critics, within the actor's loss          Top-K              they judge as well as they can
-        actor and target critics, for the target  Top-K              likewise, and the target has less noise
-        actor, acting in an evaluation            Top-K              it acts as well as it can
+        actor, its loss on replayed states        the stored ones    Top-K would train only what already looks best
+        critics, their loss on replayed actions   Sample-K           likewise; these may be unlikely edges, too
+        critics, within the actor's loss          Top-K              they only judge, and are not trained
+        actor and target critics, for the target  Top-K              nothing is trained, and the target has less noise
+        actor, acting in an evaluation            Top-K              it does not have to try anything
 
-    args can be any object that has the options num_modules ... max_grad_norm of Args."""
+    args: an object with the options of Args from num_modules to max_grad_norm."""
 
     def __init__(self, obs_dim, action_dim, num_tasks, args, device="cpu"):
         super().__init__()
@@ -372,11 +366,10 @@ class Agent(nn.Module):
         self.optimizer = torch.optim.Adam(groups, args.learning_rate, fused=True, capturable=self.tasks.is_cuda)
 
     def task_weights(self):
-        """T softmax(-log alpha), (T,): they multiply the actor's and the critics' losses, and have mean 1.
-
-        All alphas start equal. While a task is unsolved its policy stays random, its entropy above the target, so its
-        alpha falls. A mastered task's policy is nearly deterministic, its entropy below the target, so its alpha rises.
-        So a mastered task weighs little: with alphas of 1 and 0.1 two tasks weigh 0.18 and 1.82."""
+        """T softmax(-log alpha) = (1 / alpha) / mean(1 / alpha), (T,). They multiply the actor's and critics' losses.
+        The paper's premise: all alphas start equal. While a task is unsolved its policy stays random, its entropy is
+        above the target, and alpha falls. A mastered task needs a nearly deterministic policy, its entropy is below the
+        target, and alpha rises. So a mastered task weighs little: with alphas of 1 and 0.1 two weigh 0.18 and 1.82."""
         return len(self.log_alpha) * (-self.log_alpha.detach()).softmax(0)
 
     def temperature(self):
@@ -389,12 +382,12 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def act(self, obs, deterministic=False):
-        """obs (E * T, obs_dim), row i of task i % T -> actions (E * T, A), routes (E * T, M, K)."""
-        task = self.tasks.repeat(len(obs) // len(self.tasks))
+        """obs (T * E, obs_dim), ordered by task -> actions (T * E, A), routes (T * E, M, K)."""
+        task = self.tasks.repeat_interleave(len(obs) // len(self.tasks))
+        temperature = None if deterministic else self.temperature()
+        output, routes = self.actor(obs, task, temperature=temperature)
         if deterministic:
-            output, routes = self.actor(obs, task)
             return output.chunk(2, dim=-1)[0].tanh(), routes  # the mean
-        output, routes = self.actor(obs, task, temperature=self.temperature())
         return sample_action(output)[0], routes
 
     def q(self, critics, obs, action, task, temperature=None):
@@ -422,7 +415,7 @@ class Agent(nn.Module):
     def actor_loss(self, obs, routes, task):
         """alpha log pi(a|s) - min_c Q_c(s, a), mean of each task, (T,), and log pi(a|s), (T, B / T)."""
         action, log_prob = sample_action(self.actor(obs, task, routes=routes)[0])
-        # The gradient passes through the critics, but does not train them. Parameters that you froze stay frozen.
+        # The gradient passes through the critics, but does not train them. What was frozen before stays frozen.
         trained = [p for p in self.critics.parameters() if p.requires_grad]
         for p in trained:
             p.requires_grad_(False)
@@ -435,19 +428,16 @@ class Agent(nn.Module):
         return (alpha * log_prob - q).mean(-1), log_prob
 
     def update(self, obs, action, reward, next_obs, terminated, routes):
-        """Take one step on all losses. The arguments (B, ...) are ordered by task, as ReplayBuffer.sample returns them:
-        B / T samples of task 0, then of task 1, and so on. Actions lie in [-1, 1], terminated is boolean. Returns
-        metrics of each task, (T,): its losses, those of the actor and the critics weighted; skipped, 1 if the update
-        left it out; alpha; and temperature, if it is used."""
+        """Take one step on all losses. Arguments (B, ...) as from ReplayBuffer.sample, actions in [-1, 1]. Returns, (T,)
+        each: losses (the actor's and the critics' are weighted), skipped (1 or 0), alpha, temperature."""
         task = self.tasks.repeat_interleave(len(obs) // len(self.tasks))  # (B,)
         critic_loss = self.critic_loss(obs, action, reward, next_obs, terminated, task)
         actor_loss, log_prob = self.actor_loss(obs, routes, task)
         weight = self.task_weights()
         losses = {"critic_loss": weight * critic_loss, "actor_loss": weight * actor_loss}
         losses["alpha_loss"] = -self.log_alpha * (log_prob.detach() + self.target_entropy).mean(-1)
-        # NOTE: only in the authors' code, as in PaCo (NeurIPS 2022): a task whose loss exceeds the limit is skipped.
         total = sum(losses.values())
-        skipped = total > self.args.max_task_loss
+        skipped = total > self.args.max_task_loss  # NOTE: only in the authors' code, as in PaCo (NeurIPS 2022)
         # NOTE: actor and critics step together, as in the authors' code; often the critics step first. One backward
         # pass serves all losses, since no two of them train the same parameter.
         self.optimizer.zero_grad()
@@ -468,41 +458,39 @@ class Agent(nn.Module):
 # ======================================================================================================================
 # ------------------------------------------------------------------------------------------------------- replay buffer
 class ReplayBuffer:
-    """A ring of transitions. Row r is of task r % T. A step of all environments fills E * T rows."""
+    """A ring of transitions for each task."""
 
     def __init__(self, capacity, num_tasks, obs_dim, action_dim, M, K, device="cpu"):
-        self.capacity = capacity  # rows, a multiple of E * T
-        self.added = 0  # rows; once the ring is full, each replaces the oldest
+        self.capacity = capacity  # transitions of each task, a multiple of E
+        self.added = 0  # of each task; once a ring is full, each replaces the oldest
         with torch.device(device):
-            self.tasks = torch.arange(num_tasks)
+            self.tasks = torch.arange(num_tasks)[:, None]
             self.columns = [
-                torch.empty(capacity, obs_dim),
-                torch.empty(capacity, action_dim),
-                torch.empty(capacity),  # reward
-                torch.empty(capacity, obs_dim),  # next observation, of the same episode
-                torch.empty(capacity, dtype=torch.bool),  # terminated
-                torch.empty(capacity, M, K, dtype=torch.int16),  # routes
+                torch.empty(num_tasks, capacity, obs_dim),
+                torch.empty(num_tasks, capacity, action_dim),
+                torch.empty(num_tasks, capacity),  # reward
+                torch.empty(num_tasks, capacity, obs_dim),  # next observation, of the same episode
+                torch.empty(num_tasks, capacity, dtype=torch.bool),  # terminated
+                torch.empty(num_tasks, capacity, M, K, dtype=torch.int16),  # routes
             ]
 
     def add(self, *transitions):
-        """Store a step of all environments: for each column its values, (E * T, ...)."""
+        """Store transitions of each task: for each column its values (T * n, ...), ordered by task."""
+        n = len(transitions[0]) // len(self.tasks)
         start = self.added % self.capacity
         for column, values in zip(self.columns, transitions, strict=True):
-            column[start : start + len(values)] = torch.as_tensor(values)
-        self.added += len(values)
+            column[:, start : start + n] = torch.as_tensor(values).unflatten(0, (-1, n))
+        self.added += n
 
     def sample(self, n):
         """n transitions of each task, uniformly with replacement: all columns, (T * n, ...), ordered by task."""
-        T = len(self.tasks)
-        stored = min(self.added, self.capacity) // T  # of each task
-        steps = torch.randint(stored, (T, n), device=self.tasks.device)
-        rows = (steps * T + self.tasks[:, None]).flatten()
-        return [column[rows] for column in self.columns]
+        stored = min(self.added, self.capacity)
+        chosen = torch.randint(stored, (len(self.tasks), n), device=self.tasks.device)
+        return [column[self.tasks, chosen].flatten(0, 1) for column in self.columns]
 
 
 # -------------------------------------------------------------------------------------------------------- environments
-# To train on environments of your own, replace task_names and make_env. All environments need flat observations of one
-# size, and bounded actions of one size.
+# To train on your own, replace task_names and make_env. All need flat observations of one size, and bounded actions.
 def task_names(env_id):
     """The tasks of --env-id, in the order of their indices."""
     if env_id in ("MT10", "MT25", "MT50"):
@@ -510,13 +498,13 @@ def task_names(env_id):
     tasks = env_id.replace(" ", "").split(",")
     for task in tasks:
         if task not in metaworld.env_dict.ALL_V3_ENVIRONMENTS or tasks.count(task) > 1:
-            raise ValueError(f"--env-id: MT10, MT25, MT50, or tasks of Meta-World V3; {task!r} is none, or named twice")
+            raise ValueError(f"--env-id: {task!r} is no task of Meta-World V3, nor MT10, MT25 or MT50, or named twice")
     return tasks
 
 
 def make_env(task, args, seed):
-    """The environment of a task. args.seed decides which 50 goals it has, seed the order in which episodes get them."""
-    env = metaworld.make_mt_envs(task, seed=args.seed, max_episode_steps=args.episode_length)
+    """The environment of a task. args.seed decides on its 50 goals, seed on their order."""
+    env = metaworld.make_mt_envs(task, seed=args.seed)
     env.unwrapped.seed(seed)  # Meta-World's reset ignores its seed
     if args.goals == "fixed":
         env.set_wrapper_attr("tasks", env.get_wrapper_attr("tasks")[:1])
@@ -524,8 +512,8 @@ def make_env(task, args, seed):
 
 
 class CheckedEpisode(gym.Wrapper):
-    """Raises FloatingPointError if a number is not finite. Adds info["summary"] (2,): the success of the episode, that is
-    at any step so far (nan if none is reported), and its return."""
+    """Raises FloatingPointError if a number is not finite. Adds info["summary"] (3,): success of the episode so far (in
+    any step; nan if none is reported), its return, and 1, so that a sum of summaries also counts them."""
 
     def reset(self, **options):
         obs, info = self.env.reset(**options)
@@ -548,9 +536,9 @@ class CheckedEpisode(gym.Wrapper):
 
 
 def make_policy_env(task, args, seed):
-    """make_env as the policy sees it: with a time limit, and actions in [-1, 1]."""
+    """The environment as the policy sees it: with a time limit, and actions in [-1, 1]."""
     if multiprocessing.parent_process() and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: this process dies with the learner
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it dies with the learner
     env = gym.wrappers.TimeLimit(make_env(task, args, seed), args.episode_length)
     env = CheckedEpisode(gym.wrappers.RescaleAction(env, -1, 1))
     env.task = task
@@ -558,18 +546,18 @@ def make_policy_env(task, args, seed):
 
 
 def make_envs(args, seed):
-    """E environments of each task, each in a process of its own. Environment i has task i % T."""
-    E = args.envs_per_task
-    makers = [partial(make_policy_env, task, args, seed + e) for e in range(E) for task in args.tasks]
+    """E environments of each task, ordered by task, each in a process of its own."""
+    copies = range(args.envs_per_task)
+    makers = [partial(make_policy_env, task, args, seed + e) for task in args.tasks for e in copies]
     print(f"starting environments: {len(makers)}", flush=True)
     return gym.vector.AsyncVectorEnv(makers, context="fork", autoreset_mode="SameStep")
 
 
 def evaluate(args, act, envs):
-    """Run --eval-episodes episodes of each task (rounded up, so that each environment runs as many). act: obs -> actions,
-    routes. Prints and returns success, return, and modules_used, the mean depth: (T,) each."""
+    """Run --eval-episodes episodes of each task, equally many in each of its environments. act: obs -> actions, routes.
+    Prints and returns, (T,) each: success, return, and modules_used, the mean depth over all steps."""
     T = len(args.tasks)
-    share = math.ceil(args.eval_episodes / args.envs_per_task)  # of each environment, else short ones would prevail
+    share = math.ceil(args.eval_episodes / args.envs_per_task)
     sums = np.zeros((envs.num_envs, 3))  # of the summaries
     depths = []
     obs, _ = envs.reset()
@@ -579,13 +567,12 @@ def evaluate(args, act, envs):
         obs, _, terminated, truncated, infos = envs.step(action.cpu().numpy())
         for i in np.flatnonzero((terminated | truncated) & (sums[:, 2] < share)):
             sums[i] += infos["final_info"]["summary"][i]
-    success, total, _ = (sums / share).reshape(-1, T, 3).mean(0).T
-    depth = np.reshape(depths, (-1, T)).mean(0)
-    names = [*args.tasks, f"mean ({share * args.envs_per_task} episodes each)"]
+    success, total, _ = (sums / share).reshape(T, -1, 3).mean(1).T
+    depth = np.mean(depths, axis=0).reshape(T, -1).mean(1)
     table = np.stack([success, total, depth], axis=1)
-    for name, row in zip(names, [*table, table.mean(0)]):
+    for name, row in zip([*args.tasks, f"mean ({share} episodes each)"], [*table, table.mean(0)]):
         text = "success {:.2f}, return {:.1f}, modules used {:.1f}".format(*row)
-        print(f"{name}: {text.removeprefix('success nan, ')}", flush=True)
+        print(f"{name}: {text.removeprefix('success nan, ')}", flush=True)  # nan: none is reported
     return {"success": success, "return": total, "modules_used": depth}
 
 
@@ -595,9 +582,10 @@ class Log:
 
     def __init__(self, args, saved):
         self.tasks = args.tasks
-        self.sums = torch.zeros(len(args.tasks), 3)  # of the summaries of episodes since the last row
-        self.row_start = (saved["step"] * len(args.tasks), time.monotonic())
-        self.seconds = saved["seconds"]  # of training, in all
+        self.sums = torch.zeros(len(args.tasks), 3)  # of the summaries since the last row
+        self.step = saved["step"]  # of each task, at the last row
+        self.seconds = saved["seconds"]  # since the run began, without breaks
+        self.clock = time.monotonic()
         run = Path(args.run_dir)
         run.mkdir(parents=True, exist_ok=True)
         (run / "args.json").write_text(json.dumps({"args": asdict(args), "tasks": args.tasks}, indent=2))
@@ -607,54 +595,50 @@ class Log:
         try:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.tensorboard = SummaryWriter(run, purge_step=self.row_start[0] + 1)
+            self.tensorboard = SummaryWriter(run, purge_step=self.step * len(args.tasks) + 1)
         except ImportError:
             self.tensorboard = None
 
-    def write(self, global_step, updates, metrics):
+    def write(self, step, updates, metrics):
         """Add a row: of each metric, (T,) or a scalar, the mean and the tasks' values."""
-        seconds = time.monotonic() - self.row_start[1]
+        T = len(self.tasks)
+        seconds = time.monotonic() - self.clock
+        speed = (step - self.step) * T / seconds
+        self.step = step
         self.seconds += seconds
-        speed = (global_step - self.row_start[0]) / seconds
-        row = {"global_step": global_step, "updates": updates, "seconds": self.seconds, "steps_per_second": speed}
+        self.clock += seconds
+        row = {"global_step": step * T, "updates": updates, "seconds": self.seconds, "steps_per_second": speed}
         success, total, episodes = self.sums.T
-        metrics = {"train_success": success / episodes, "train_return": total / episodes} | metrics
-        for name, values in metrics.items():
-            values = torch.as_tensor(values).expand(len(self.tasks)).tolist()
+        table = dict.fromkeys(["success", "return", "modules_used"], math.nan)  # if not evaluated
+        table |= {"train_success": success / episodes, "train_return": total / episodes} | metrics
+        self.sums.zero_()
+        for name, values in table.items():
+            values = torch.as_tensor(values).expand(T).tolist()
             row[name] = np.mean(values)
             row |= {f"{name}/{task}": value for task, value in zip(self.tasks, values)}
-        row = {name: value for name, value in row.items() if not math.isnan(value)}  # nan: no episode ended
-        self.write_csv({name: f"{value:.9g}" for name, value in row.items()})
+        self.columns = self.columns or [*row]
+        row = {name: value for name, value in row.items() if not math.isnan(value)}
+        with open(self.csv, "a") as file:
+            writer = csv.DictWriter(file, self.columns, lineterminator="\n")  # ValueError: a metric was added since
+            if file.tell() == 0:
+                writer.writeheader()
+            writer.writerow({name: f"{value:.9g}" for name, value in row.items()})
         if self.tensorboard:
             for name, value in row.items():
-                self.tensorboard.add_scalar(name, value, global_step)
+                self.tensorboard.add_scalar(name, value, step * T)
         shown = ["train_success", "train_return", "critic_loss", "actor_loss", "alpha", "skipped"]
         text = ", ".join(f"{name} {row[name]:.4g}" for name in shown if name in row)
-        print(f"step {global_step:,} ({speed:.0f}/s): {text}", flush=True)
-        self.row_start = (global_step, time.monotonic())
-        self.sums.zero_()
-
-    def write_csv(self, row):
-        new = [name for name in row if name not in self.columns]
-        rows = [row]
-        if new:  # rewrite the table with these columns
-            rows = [*csv.DictReader(self.csv.read_text().splitlines()), row]
-            self.columns += new
-        with open(self.csv, "w" if new else "a") as file:
-            table = csv.DictWriter(file, self.columns, lineterminator="\n")
-            if new:
-                table.writeheader()
-            table.writerows(rows)
+        print(f"step {step:,} of each task ({speed:.0f}/s in all): {text}", flush=True)
 
 
 def save_checkpoint(args, agent, replay, log, step, updates):
     """Write checkpoint.pt, to continue, and actor.pt, to evaluate. A kill at any time leaves the last whole files."""
     if not all(parameter.isfinite().all() for parameter in agent.parameters()):
         raise FloatingPointError("the weights are not finite")
-    run = {"step": step, "updates": updates, "seconds": log.seconds, "log": log.csv.read_text()}
-    run |= {"agent": agent.state_dict(), "optimizer": agent.optimizer.state_dict()["state"]}
-    run |= {"added": replay.added, "replay": [column[: replay.added].clone() for column in replay.columns]}
-    for name, content in {"checkpoint.pt": run, "actor.pt": {"actor": agent.actor.state_dict()}}.items():
+    checkpoint = {"step": step, "updates": updates, "seconds": log.seconds, "log": log.csv.read_text()}
+    checkpoint |= {"agent": agent.state_dict(), "optimizer": agent.optimizer.state_dict()["state"]}
+    checkpoint |= {"replay": [column[:, : replay.added].clone() for column in replay.columns], "added": replay.added}
+    for name, content in {"checkpoint.pt": checkpoint, "actor.pt": {"actor": agent.actor.state_dict()}}.items():
         unfinished = Path(args.run_dir, f"{name}.partial")
         torch.save({"args": asdict(args)} | content, unfinished)
         unfinished.replace(Path(args.run_dir, name))
@@ -664,17 +648,17 @@ def load_checkpoint(args):
     """What save_checkpoint wrote into the run's directory, or the start of a new run."""
     path = Path(args.run_dir, "checkpoint.pt")
     if not path.exists():
-        if Path(args.run_dir, "actor.pt").exists():
-            sys.exit(f"error: {args.run_dir} holds a policy without a checkpoint to continue; choose another --run-dir")
-        print(f"{args.run_dir}: a new run; updates begin at step {args.learning_starts:,} of each task", flush=True)
+        if path.with_name("actor.pt").exists():
+            sys.exit(f"error: {args.run_dir} holds a policy, but no checkpoint; choose another --run-dir")
+        print(f"{args.run_dir}: a new run, with updates from step {args.learning_starts:,} of each task on")
         return {"step": 0, "updates": 0, "seconds": 0.0, "log": ""}
     saved = torch.load(path, map_location="cpu", mmap=True)
     may_change = "steps eval_every eval_episodes log_every checkpoint_minutes device compile run_dir"
     changed = {name for name, value in saved["args"].items() if value != getattr(args, name)}
-    changed -= set(may_change.split())
+    changed = changed.difference(may_change.split())
     if changed:
-        sys.exit(f"error: {path} was made with another {', '.join(changed)}; choose another --run-dir")
-    print(f"{args.run_dir}: at step {saved['step']:,} of each task; delete it to start over", flush=True)
+        sys.exit(f"error: {path} has another {', '.join(changed)}; choose another --run-dir")
+    print(f"{args.run_dir}: continues at step {saved['step']:,} of each task; delete it to start over")
     return saved
 
 
@@ -690,10 +674,9 @@ def load_policy(path):
 
 # ------------------------------------------------------------------------------------------------------- training loop
 class CUDAGraph:
-    """Calls a function of tensors of constant shapes. On a GPU its kernels are so small that launching them takes most
-    of the time: an update of MT10 took 90 ms on an H100. So after three calls they are captured as a graph, which took
-    5 ms. Its outputs are the same tensors each time. Only tensor operations are captured: what else the function does,
-    such as .item(), a branch on a value, or random numbers of NumPy, keeps its first value, or fails."""
+    """Calls a function of tensors of constant shapes. On a GPU launching its small kernels takes most of the time, 90
+    ms for an update of MT10 on an H100. After three calls they are captured as a graph, which takes 5 ms. It overwrites
+    its outputs at each call. What is no tensor operation, such as .item() or NumPy's random numbers, is frozen."""
 
     def __init__(self, function):
         self.function = function
@@ -721,9 +704,10 @@ class CUDAGraph:
 
 
 def main():
-    """Train. A run may be killed at any time: the same command continues it from its last checkpoint, which holds the
-    networks, the optimizer, the replay buffer and progress.csv. Episodes begin anew."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C kills, too, without a traceback of every process
+    """Train. A run may be killed at any time. The same command continues it from its last checkpoint, which holds the
+    networks, the optimizer, the replay buffer and progress.csv: at most --checkpoint-minutes are lost (before the first
+    checkpoint, everything). Episodes begin anew, with other goals and noise."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C kills without tracebacks of all processes
     args = tyro.cli(Args)
     saved = load_checkpoint(args)
     step = saved["step"]  # environment steps of each task so far
@@ -733,23 +717,23 @@ def main():
         return
     T = len(args.tasks)
     E = args.envs_per_task
-    seed = args.seed + step  # so that a continued run draws other goals and noise
+    seed = args.seed + step
     envs = make_envs(args, seed)
     obs, _ = envs.reset(seed=seed)
     sizes = (obs.shape[1], envs.action_space.shape[1])
     torch.manual_seed(seed)
-    torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU
     agent = Agent(*sizes, T, args, args.device)
-    capacity = args.buffer_size // E * E * T  # whole steps of all environments
+    capacity = args.buffer_size // E * E
     replay = ReplayBuffer(capacity, T, *sizes, args.num_modules, args.top_k, args.device)
     if step > 0:
         agent.load_state_dict(saved["agent"])
         agent.optimizer.load_state_dict(agent.optimizer.state_dict() | {"state": saved["optimizer"]})
-        replay.add(*saved["replay"])
+        replay.add(*(column.flatten(0, 1) for column in saved["replay"]))
         replay.added = saved["added"]
     if args.compile:
         for network in (agent.actor, *agent.critics, *agent.target_critics):
-            network.compile(dynamic=False, options={"fallback_random": True})  # the same noise as without
+            network.compile(dynamic=False, options={"fallback_random": True})  # same noise
     act = CUDAGraph(agent.act)
     act_deterministically = CUDAGraph(partial(agent.act, deterministic=True))
     update = CUDAGraph(agent.update)
@@ -769,22 +753,21 @@ def main():
 
         # Store
         next_obs, reward, terminated, truncated, infos = envs.step_wait()
-        last_obs = next_obs.copy()
-        for i in np.flatnonzero(terminated | truncated):  # next_obs is already the next episode's
-            last_obs[i] = infos["final_obs"][i]
-            log.sums[i % T] += torch.as_tensor(infos["final_info"]["summary"][i])
-        replay.add(obs, action, reward, last_obs, terminated, routes)
+        real_next_obs = next_obs.copy()  # next_obs may already be the next episode's
+        for i in np.flatnonzero(terminated | truncated):
+            real_next_obs[i] = infos["final_obs"][i]
+            log.sums[i // E] += torch.as_tensor(infos["final_info"]["summary"][i])
+        replay.add(obs, action, reward, real_next_obs, terminated, routes)
         obs = next_obs
         step += E
 
-        # Evaluate and log. A multiple of log_every was reached if the remainder is smaller than a step of the loop.
-        results = {}
+        # Evaluate and log. The remainder is smaller than E just after a multiple of log_every.
         finished = step >= args.steps
-        if finished or step % args.eval_every < E:  # in the training environments, which begin new episodes
-            results = evaluate(args, act_deterministically, envs)
-            obs, _ = envs.reset()
-        if results or step % args.log_every < E:
-            log.write(step * T, updates, metrics | results)
+        if finished or step % args.eval_every < E:
+            metrics = metrics | evaluate(args, act_deterministically, envs)
+            obs, _ = envs.reset()  # begin new episodes
+        if updates > 0 and ("success" in metrics or step % args.log_every < E):
+            log.write(step, updates, metrics)
 
         # Save
         if finished or time.monotonic() - saved_at > 60 * args.checkpoint_minutes:

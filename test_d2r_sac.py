@@ -100,7 +100,7 @@ def test_gates(M, K, granularity):
     """A network has logits only for what may be chosen; weights are positive for the K chosen, and sum to 1."""
     routing, P = granularity
     if M % P and routing != "module":
-        with pytest.raises(ValueError, match=rf"num_modules, {M}, must be a multiple of parallel_modules, {P}"):
+        with pytest.raises(ValueError, match="--num-modules must be a multiple of --parallel-modules"):
             tiny_network(M, K, routing=routing, parallel_modules=P)
         return
     network = tiny_network(M, K, routing=routing, parallel_modules=P)
@@ -227,20 +227,6 @@ def check_gradients(name, size, monkeypatch, run=lambda network: network.run_mod
 @pytest.mark.parametrize(("name", "size"), [*itertools.product(MODULES, SIZES)], ids=str)
 def test_resrouting_is_what_it_is_written_to_be(name, size, monkeypatch):
     check_gradients(name, size, monkeypatch)
-
-
-def test_the_example_of_the_first_docstring():
-    """M = 3 and K = 2, with the routes given there: x_1, x_2, x_3, the output, the depth."""
-    network, h, logits, _, _ = routed(3, 2, 4, 1)
-    routes = torch.tensor([[[0, 0], [1, 0], [2, 0]]])
-    w = d2r.routing_weights(logits, routes)[0]
-    close(w[0], [1.0, 0.0])
-    f_0, x_1 = (network.base_modules[0](h.relu()),) * 2
-    f_1 = network.base_modules[1](x_1)
-    x_2 = w[1, 0] * (f_1 + x_1) + w[1, 1] * f_0
-    f_2 = network.base_modules[2](x_2)
-    close(network.run_modules(h, logits, routes), network.head(w[2, 0] * (f_2 + x_2) + w[2, 1] * f_0))
-    assert d2r.used_modules(routes).sum() == 3
 
 
 def test_the_case_that_convinces():
@@ -505,20 +491,21 @@ def test_cuda_graph_copies_its_inputs_and_replays(monkeypatch):
 @pytest.mark.parametrize(("E", "chi_square"), [(1, 16.27), (3, 31.26)])
 def test_replay_wraps_around_and_samples_equally(E, chi_square):
     """The newest four steps of each environment, tasks and their copies alike: 3 and 11 degrees of freedom, p 0.001."""
-    T, n, routes = 3, 3000, torch.randint(0, 256, (7, E * 3, 5, 2))
-    replay = d2r.ReplayBuffer(4 * E * T, T, 2, 1, 5, 2, "cpu")
+    T, n = 3, 3000
+    routes = torch.randint(0, 256, (7, T * E, 5, 2))
+    replay = d2r.ReplayBuffer(4 * E, T, 2, 1, 5, 2)
     for t in range(7):
-        tags = np.array([1000.0 * copy + 10 * t + task for copy in range(E) for task in range(T)])
+        tags = np.array([1000.0 * copy + 10 * t + task for task in range(T) for copy in range(E)])
         obs = np.stack([tags, -tags], -1)
         replay.add(obs, obs[:, :1], tags, obs + 0.5, tags % 2 == 0, routes[t])
     torch.manual_seed(0)
     obs, action, tags, next_obs, terminated, sampled = replay.sample(n)
-    for task, of_task in enumerate(tags.view(T, n)):  # task by task, as many of each
+    for task, of_task in enumerate(tags.view(T, n)):  # ordered by task, as many of each
         values, counts = of_task.unique(return_counts=True)
         assert values.tolist() == [1000 * copy + 10 * t + task for copy in range(E) for t in (3, 4, 5, 6)]
         expected = n / (4 * E)
         assert ((counts - expected) ** 2 / expected).sum() < chi_square
-    environment = tags // 1000 * T + tags % 10
+    environment = tags % 10 * E + tags // 1000
     assert torch.equal(sampled.long(), routes[(tags % 1000 // 10).long(), environment.long()])
     assert torch.equal(obs, torch.stack([tags, -tags], -1)) and torch.equal(next_obs, obs + 0.5)
     assert torch.equal(action[:, 0], tags) and torch.equal(terminated, tags % 2 == 0)
@@ -593,7 +580,7 @@ def test_evaluation_by_hand(monkeypatch, capsys):
     lengths = {"a": (2, 9, 3), "b": (1, 1, 600)}
     monkeypatch.setattr(d2r, "make_env", lambda task, args, seed: Scripted(lengths[task][seed], task == "a"))
     args = scripted_args(envs_per_task=3, tasks=["a", "b"], eval_episodes=4, episode_length=6 + 3)
-    routes = torch.tensor([[[0, 0], [0, i], [i, i]] for i in (0, 0, 1, 0, 1, 0)])  # modules used: 1, 1, 2, 1, 2, 1
+    routes = torch.tensor([[[0, 0], [0, i], [i, i]] for i in (0, 1, 1, 0, 0, 0)])  # modules used: 1, 2, 2, 1, 1, 1
     action = torch.ones(6, 1)
     with contextlib.closing(d2r.make_envs(args, 0)) as envs:
         results = d2r.evaluate(args, lambda obs: (action, routes), envs)
@@ -606,7 +593,7 @@ def test_evaluation_by_hand(monkeypatch, capsys):
     out = capsys.readouterr().out
     assert out.endswith(
         "a: success 0.33, return 4.7, modules used 1.7\nb: return 3.7, modules used 1.0\n"
-        "mean (6 episodes each): return 4.2, modules used 1.3\n"
+        "mean (2 episodes each): return 4.2, modules used 1.3\n"
     )
 
 
@@ -660,9 +647,9 @@ def steps(run_dir):
     return [int(record["global_step"]) for record in progress(run_dir)]
 
 
-def replayed(run_dir, N=2):
-    """What the replay holds: each column as (steps, N, ...)."""
-    return [column.unflatten(0, (-1, N)) for column in checkpoint(run_dir)["replay"]]
+def replayed(run_dir):
+    """What the replay holds: each column as (steps, T, ...), if there is one environment of each task."""
+    return [column.transpose(0, 1) for column in checkpoint(run_dir)["replay"]]
 
 
 def test_a_run_on_meta_world(tmp_path, capsys):
@@ -670,12 +657,13 @@ def test_a_run_on_meta_world(tmp_path, capsys):
     options = TWO_TASKS.replace("5,10", "reach-v3,drawer-close-v3")
     assert run(tmp_path, f"{options} --steps 120 --eval-every 85 --log-every 30") == 0
     out = capsys.readouterr().out
-    begin = f"{run_dir}: a new run; updates begin at step 20 of each task\nstarting environments: 2\nstep 60 ("
-    assert out.startswith(begin) and "nan" not in out
-    assert re.search(
-        r"\nstep 120 .*: train_success [01].*, train_return .*, critic_loss .*, alpha 0.99.*, skipped 0", out
+    begin = (
+        f"{run_dir}: a new run, with updates from step 20 of each task on\nstarting environments: 2\nstep 30 of each "
     )
-    assert re.search(r"\nstep 180 [^:]*: critic_loss", out)  # no episode ended since the last row
+    assert out.startswith(begin) and "nan" not in out
+    shown = "train_success [01].*, train_return .*, critic_loss .*, actor_loss .*, alpha 0.99.*, skipped 0"
+    assert re.search(rf"\nstep 60 of each task .*: {shown}\n", out)
+    assert re.search(r"\nstep 90 [^:]*: critic_loss", out)  # no episode ended since the last row
     facts, records = json.loads((run_dir / "args.json").read_text()), progress(run_dir)
     assert facts["args"]["steps"] == 120 and facts["tasks"] == ["reach-v3", "drawer-close-v3"]
     assert steps(run_dir) == [60, 120, 170, 180, 240]
@@ -712,7 +700,7 @@ def test_a_run_is_the_loop_written_out(tmp_path, pendulums, monkeypatch, E):
     monkeypatch.setattr(d2r.Agent, "update", lambda *arguments: losses.append(update(*arguments)) or losses[-1])
     assert run(tmp_path, options) == 0
     args = tyro.cli(d2r.Args, args=options.split())
-    envs = [d2r.make_env(task, args, 0) for _ in range(E) for task in args.tasks]
+    envs = [d2r.make_env(task, args, 0) for task in args.tasks for _ in range(E)]
     envs = [gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)) for env in envs]
     torch.manual_seed(1)
     agent, stored, expected = d2r.Agent(3, 1, 2, args), {task: [] for task in args.tasks}, []
@@ -726,7 +714,7 @@ def test_a_run_is_the_loop_written_out(tmp_path, pendulums, monkeypatch, E):
         for i, env in enumerate(envs):
             next_obs, reward, terminated, _, _ = env.step(action[i].numpy())
             transition = obs[i], action[i].numpy(), np.float32(reward), next_obs, terminated, routes[i].numpy()
-            stored[args.tasks[i % 2]].append(transition)
+            stored[args.tasks[i // E]].append(transition)
             obs[i] = env.reset()[0] if step % 10 == 9 else next_obs
     assert len(losses) == len(expected) == 20
     for loss, by_hand in zip(losses, expected):
@@ -740,99 +728,78 @@ def test_the_same_command_continues(tmp_path, pendulums, monkeypatch, capsys):
     with open(run_dir / "progress.csv", "a") as file:
         file.write("500,1,1,1,1\n900,1")  # what a kill leaves: rows from after the checkpoint, and one cut short
     (run_dir / "checkpoint.pt.partial").write_text("cut short")
+    seen, update = [], d2r.Agent.update
+    state = lambda agent: [*agent.state_dict().values()] + [m["exp_avg"] for m in agent.optimizer.state.values()]
+    spied = lambda agent, *batch: seen.append([t.clone() for t in state(agent)]) or update(agent, *batch)
+    monkeypatch.setattr(d2r.Agent, "update", spied)
     capsys.readouterr()
     assert run(tmp_path, f"{options} --steps 150 --log-every 15 --eval-every 1000") == 0  # what may change
-    assert capsys.readouterr().out.startswith(f"{run_dir}: at step 120 of each task; delete it to start over\n")
+    assert capsys.readouterr().out.startswith(f"{run_dir}: continues at step 120 of each task; delete it ")
     new, text = checkpoint(run_dir), (run_dir / "progress.csv").read_text()
+    assert len(seen) == 30
+    saved = [*old["agent"].values()] + [moment["exp_avg"] for moment in old["optimizer"].values()]
+    assert all(torch.equal(a, b) for a, b in zip(seen[0], saved, strict=True))
     assert text.startswith(first) and steps(run_dir) == [60, 120, 180, 200, 240, 270, 300]
     seconds = [float(record["seconds"]) for record in progress(run_dir)]
     assert seconds == sorted(seconds) and new["seconds"] > old["seconds"]
     assert old["step"] == 120 and new["step"] == 150 and new["updates"] == 130 == new["optimizer"][0]["step"]
     assert "capturable" not in str(new["optimizer"])  # so a run may continue on another device
     for before, after in zip(old["replay"], new["replay"], strict=True):
-        assert len(before) == len(after) == 220  # of 240 and 300 rows, in a ring
-        assert torch.equal(before[80:], after[80:]) and (before.dtype == torch.bool or not torch.equal(before, after))
+        assert before.shape[1] == after.shape[1] == 110  # of 120 and 150 steps, in a ring: 120 to 149 lie at 10 to 39
+        same = (before == after).flatten(2).all(-1) if before.dim() > 2 else before == after
+        assert same[:, :10].all() and same[:, 40:].all() and (before.dtype == torch.bool or not same[:, 10:40].all())
     # Finished: no environment starts, the exit code is 0.
     monkeypatch.setattr(d2r, "make_envs", None)
     assert (
         run(tmp_path, f"{options} --steps 150") == 0 == run(tmp_path, f"{options} --steps 150 --device cpu --compile")
     )
-    assert "run is finished: it has made 150 steps of each task" in capsys.readouterr().out
+    assert capsys.readouterr().out.count("This run is finished.") == 2
     assert (run_dir / "progress.csv").read_text() == text
     for change in ("--top-k 1", "--env-id 10,5", "--goals fixed", "--envs-per-task 2", "--gamma 0.9", "--seed 2"):
         assert run(tmp_path, f"{options} --steps 200 {change}") == 1
         name = change.split()[0][2:].replace("-", "_")
-        assert capsys.readouterr().err.startswith(f"error: {run_dir}/checkpoint.pt was made with a different {name};")
+        assert capsys.readouterr().err.startswith(f"error: {run_dir}/checkpoint.pt has another {name};")
     (run_dir / "checkpoint.pt").unlink()
     policy = (run_dir / "actor.pt").read_bytes()
     assert run(tmp_path, f"{options} --steps 200") == 1
-    assert "holds a policy without a checkpoint to continue" in capsys.readouterr().err
+    assert "holds a policy, but no checkpoint" in capsys.readouterr().err
     assert (run_dir / "actor.pt").read_bytes() == policy and (run_dir / "progress.csv").read_text() == text
 
 
-def test_continuing_restores_everything(tmp_path, pendulums, monkeypatch):
-    """Weights, targets, log alpha, Adam's moments and the replay are those of the checkpoint when the loop starts."""
-    assert run(tmp_path, f"{TWO_TASKS} --steps 60") == 0
-    old, seen = checkpoint(tmp_path / "run"), {}
-
-    def first_update(agent, *batch):
-        seen.setdefault("agent", {name: value.clone() for name, value in agent.state_dict().items()})
-        moments = agent.optimizer.state_dict()["state"]
-        seen.setdefault("moments", [moment["exp_avg_sq"].clone() for moment in moments.values()])
-        return update(agent, *batch)
-
-    update = d2r.Agent.update
-    monkeypatch.setattr(d2r.Agent, "update", first_update)
-    assert run(tmp_path, f"{TWO_TASKS} --steps 70") == 0
-    assert all(torch.equal(value, old["agent"][name]) for name, value in seen["agent"].items())
-    moments = [moment["exp_avg_sq"] for moment in old["optimizer"].values()]
-    assert all(torch.equal(a, b) for a, b in zip(seen["moments"], moments, strict=True))
-    for before, after in zip(old["replay"], checkpoint(tmp_path / "run")["replay"], strict=True):
-        assert len(before) == 120 and len(after) == 140 and torch.equal(before, after[:120])
+OPTIONS = ["no-resrouting", "no-route-balancing", "no-sample-k", "top-k=3", "goals=fixed", "compile"]
 
 
-@pytest.mark.parametrize("ablation", ["no-resrouting", "no-route-balancing", "no-sample-k", "top-k=3", "goals=fixed"])
-def test_ablations_run(tmp_path, pendulums, ablation, monkeypatch):
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options_run(tmp_path, pendulums, option, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # a run does without it
+    compiled = set()  # without Inductor, which takes minutes
+    monkeypatch.setattr(d2r.D2RNetwork, "compile", lambda self, **options: compiled.add(self))
     options = f"--env-id 10 --learning-starts 10 --batch-size 8 --buffer-size 50 {SMALL} --num-modules 3"
-    assert run(tmp_path, f"{options} --steps 40 --{ablation}") == 0
+    assert run(tmp_path, f"{options} --steps 40 --{option}") == 0
     (record,) = progress(tmp_path / "run")
-    assert record["updates"] == "30" and math.isfinite(float(record["critic_loss"]))
-    assert record.get("temperature/10") == (None if ablation == "no-sample-k" else "1") and "success" not in record
-    assert float(record["modules_used"]) == 3 if ablation == "top-k=3" else 1 <= float(record["modules_used"]) <= 3
-
-
-def test_compile(tmp_path, pendulums, monkeypatch):
-    """With the option all five networks are compiled; here without Inductor, which takes minutes."""
-    compiled = []
-    compile_network = lambda self, **options: compiled.append((self, options["dynamic"]))
-    monkeypatch.setattr(d2r.D2RNetwork, "compile", compile_network)
-    assert run(tmp_path, f"{TWO_TASKS} --steps 30 --compile") == 0
-    assert len({id(network) for network, dynamic in compiled if dynamic is False}) == 5
+    assert record["updates"] == "30" and math.isfinite(float(record["critic_loss"])) and record["success"] == ""
+    assert record.get("temperature/10") == (None if option == "no-sample-k" else "1")
+    assert float(record["modules_used"]) == 3 if option == "top-k=3" else 1 <= float(record["modules_used"]) <= 3
+    assert len(compiled) == (5 if option == "compile" else 0)
 
 
 def test_a_metric_of_your_own_is_logged(tmp_path, pendulums, monkeypatch):
-    """In a new run, and from now on in one that continues. A metric that is gone leaves its column blank."""
+    """In a new run; one that continues with other metrics than before ends, instead of dropping them."""
     update, own = d2r.Agent.update, {"my_loss": torch.tensor([1.0, 2.0]), "scalar": torch.ones(())}
-    options = f"{TWO_TASKS} --log-every 10"
-    assert run(tmp_path, f"{options} --steps 30") == 0
-    old = progress(tmp_path / "run")
+    assert run(tmp_path, f"{TWO_TASKS} --steps 30", "old") == 0
     monkeypatch.setattr(d2r.Agent, "update", lambda *batch: update(*batch) | own)
-    assert run(tmp_path, f"{options} --steps 40") == 0
-    new = progress(tmp_path / "run")
-    assert (new[-1]["my_loss"], new[-1]["my_loss/10"], new[-1]["scalar/5"]) == ("1.5", "2", "1")
-    assert [int(row["global_step"]) for row in new] == [20, 40, 60, 80] and new[0]["my_loss"] == ""
-    assert all(row[name] == value for row, before in zip(new, old) for name, value in before.items())
-    monkeypatch.setattr(d2r.Agent, "update", update)
-    assert run(tmp_path, f"{options} --steps 50") == 0
-    assert progress(tmp_path / "run")[-1]["my_loss"] == "" != progress(tmp_path / "run")[-1]["critic_loss"]
+    assert run(tmp_path, f"{TWO_TASKS} --steps 30") == 0
+    (row,) = progress(tmp_path / "run")
+    assert (row["my_loss"], row["my_loss/10"], row["scalar/5"]) == ("1.5", "2", "1")
+    with pytest.raises(ValueError, match="fields not in fieldnames: .*my_loss"):
+        run(tmp_path, f"{TWO_TASKS} --steps 40", "old")
 
 
 def test_a_task_whose_losses_are_too_large(tmp_path, pendulums, capsys):
     """An update skips it; the terminal and progress.csv say so, and no weight becomes infinite."""
     assert run(tmp_path, f"{TWO_TASKS} --steps 40 --log-every 10 --reward-scale 1000") == 0
-    assert [record["skipped/10"] for record in progress(tmp_path / "run")] == ["", "", "1", "1"]
-    assert re.search(r"step 60 .*, skipped 1\n", capsys.readouterr().out)
+    assert [record["skipped/10"] for record in progress(tmp_path / "run")] == ["1", "1"]
+    assert re.search(r"step 30 .*, skipped 1\n", capsys.readouterr().out)
     agent, batch = small_agent()
     batch[2][:8] = 1e30
     losses = agent.update(*batch)
@@ -847,12 +814,12 @@ def test_tasks_and_budgets(env_id, T):
     assert len(args.tasks) == len(set(args.tasks)) == T
     budgets = (args.steps, args.buffer_size, args.batch_size, args.learning_starts, args.eval_every, args.log_every)
     assert budgets == (1_500_000, 100_000, 128, 4_000, 15_000, 1_000)
-    assert args.run_dir == f"results/{'2-tasks' if T == 2 else env_id}-random-seed1"
+    assert args.run_dir == f"results/{env_id}-random-seed1"
 
 
 MISTAKES = """
---env-id ML10: 'ML10' is none, or named twice
---env-id reach-v3,push-v3,reach-v3: 'reach-v3' is none, or named twice
+--env-id ML10: 'ML10' is no task of Meta-World V3
+--env-id reach-v3,push-v3,reach-v3: MT10, MT25 or MT50, or named twice
 --initial-alpha 2: --initial-alpha must be at most 1
 --learning-starts 0: --learning-starts must be at least 1, and smaller than --steps
 --learning-starts 50 --steps 50: --learning-starts must be at least 1, and smaller than --steps
@@ -920,53 +887,39 @@ def test_kills(tmp_path, pendulums):
         assert process.exitcode == -number and "Traceback" not in log.read_text()
         saved = checkpoint(run_dir)
         step = saved["step"]
-        assert saved["updates"] == step - 20 and saved["added"] == 2 * step
-        assert saved["log"].count("\n") == step // 10 + 1
-        assert [len(column) for column in saved["replay"]] == [min(saved["added"], 2000)] * 6
-        rows = step // 10 + 4
+        assert saved["updates"] == step - 20 and saved["added"] == step
+        assert saved["log"].count("\n") == step // 10 - 1  # a header, and rows from step 30 on
+        assert [column.shape[1] for column in saved["replay"]] == [min(step, 1000)] * 6
+        rows = step // 10 + 1
     assert len(workers) == 6
     assert_ended(workers)
     assert run(tmp_path, f"{ENDLESS} --steps {step + 15}") == 0
-    assert steps(run_dir) == sorted({*range(20, 2 * step + 30, 20), 2 * step + 30})
+    assert steps(run_dir) == sorted({*range(60, 2 * step + 30, 20), 2 * step + 30})
 
 
-@pytest.mark.parametrize("how", ["a worker is killed", "an environment fails"])
-def test_a_dead_worker_and_a_failing_environment_end_the_run(tmp_path, pendulums, monkeypatch, how):
-    if how == "an environment fails":
-        make_env = d2r.make_env
-        broken = lambda env: gym.wrappers.TransformReward(env, lambda reward: 1 / 0)
-        monkeypatch.setattr(d2r, "make_env", lambda *options: broken(make_env(*options)))
+def test_a_dead_worker_ends_the_run(tmp_path, pendulums):
     process = learner(tmp_path / "log", [*ENDLESS.split(), "--run-dir", tmp_path / "run"])
-    if how == "a worker is killed":
-        workers = workers_after(process, tmp_path / "run", 1)
-        os.kill(int(workers[-1]), signal.SIGKILL)
-        assert_ended(workers)
+    workers = workers_after(process, tmp_path / "run", 1)
+    os.kill(int(workers[-1]), signal.SIGKILL)
     process.join(30)
+    assert_ended(workers)
     last = (tmp_path / "log").read_text().strip().splitlines()[-1]
-    assert process.exitcode == 1
-    assert last.startswith(
-        ("EOFError", "ConnectionResetError", "BrokenPipeError", "ZeroDivisionError: division by zero")
-    )
+    assert process.exitcode == 1 and last.startswith(("EOFError", "ConnectionResetError", "BrokenPipeError"))
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_an_environment_that_hangs(tmp_path, pendulums, monkeypatch, how):
-    """No worker outlives its learner, beside one that hangs either."""
-    make_env = d2r.make_env
-
+def test_no_worker_outlives_its_learner_beside_an_environment_that_hangs(tmp_path, pendulums, monkeypatch):
     def hang(reward):
         (tmp_path / f"{os.getpid()}.hangs").touch()
         time.sleep(1000)
 
+    make_env = d2r.make_env
     monkeypatch.setattr(d2r, "make_env", lambda *options: gym.wrappers.TransformReward(make_env(*options), hang))
     process = learner(tmp_path / "log", [*ENDLESS.split(), "--run-dir", tmp_path / "run"])
     while len(workers := [*tmp_path.glob("*.hangs")]) < 2:
         assert process.is_alive()
         time.sleep(0.02)
-    os.kill(process.pid, how)
-    process.join(10)
-    assert process.exitcode == -how
-    assert_ended(worker.stem for worker in workers)
+    process.kill()
+    assert_ended([process.pid, *(worker.stem for worker in workers)])
 
 
 @pytest.mark.parametrize("what", ["weights", "action", "observation", "first observation", "reward"])
@@ -985,18 +938,19 @@ def test_what_is_not_finite_stops_the_run(tmp_path, pendulums, monkeypatch, what
         def step(self, action):
             self.steps += 1
             obs, reward, *rest = self.env.step(action)
-            bad = [what == name and self.steps == 30 for name in ("observation", "reward")]
-            return obs * (math.nan if bad[0] else 1), reward * (1e39 if bad[1] else 1), *rest
+            bad = self.steps == 30 and what
+            return obs * (math.nan if bad == "observation" else 1), reward * (1e39 if bad == "reward" else 1), *rest
 
     def changed(agent, *batch):
-        losses, part = update(agent, *batch), {"weights": agent.critics[1], "action": agent.actor}.get(what)
-        if part and next(updates) == 9:
-            part.head.weight.data[0, 0] = math.nan
-        return losses
+        metrics = update(agent, *batch)
+        if next(updates) == 9 and what in ("weights", "action"):
+            (agent.actor if what == "action" else agent.critics[1]).head.weight.data[0, 0] = math.nan
+        return metrics
 
     monkeypatch.setattr(d2r.Agent, "update", changed)
-    make = lambda task, *options: Bad(make_env(task, *options)) if task == "10" else make_env(task, *options)
-    monkeypatch.setattr(d2r, "make_env", make)
+    monkeypatch.setattr(
+        d2r, "make_env", lambda task, *more: (Bad if task == "10" else gym.Wrapper)(make_env(task, *more))
+    )
     minutes = 10 if what == "action" else 1e-7  # a checkpoint in every step sees weights before the next action does
     message = {"weights": "the weights are", "action": "action of (5|10) is"}.get(what, "observation.* of 10 is")
     with pytest.raises(FloatingPointError, match=f"{message} not finite"):

@@ -5,21 +5,19 @@ Trains each variant of a benchmark with each seed, two runs at a time with a thr
 results/BENCHMARK/VARIANT-seedSEED; then prints a table of all finished runs there, and writes curves.png to where
 plot.py would. --jobs 0 does only that. The same command continues after Ctrl-C or SIGTERM. The benchmarks are
 
-    ablation      D2R and its ablations on five tasks, 200,000 environment steps
-    comparison    D2R and MT-SAC on MT10, a million steps
+    ablation      D2R and its ablations on five tasks, 40,000 environment steps of each
+    comparison    D2R and MT-SAC on MT10, 100,000 steps of each task
 
-A variant whose name begins with mt-sac trains mtsac.py instead of d2r_sac.py. For one of your own:
+A variant whose name begins with mt-sac trains mtsac.py instead of fast.py. For one of your own:
 
     python results/ablation.py --variant "k3=--top-k 3"
 """
 
-import csv
-import json
 import os
 import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import time
 from pathlib import Path
 from typing import Literal
 
@@ -27,19 +25,19 @@ import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 from matplotlib.ticker import EngFormatter
-from plot import BLUE, directory, save
+from plot import BLUE, directory, evaluations, save
 
 HERE = Path(os.path.relpath(Path(__file__).parent))  # args.json shall not tell where the checkout is
 SMALL = "--num-modules 8 --module-width 64 --encoder-widths 128 128 --router-widths 64"
 ARGUMENTS = {
     "ablation": (
-        "--env-id reach-v3,drawer-close-v3,door-close-v3,window-close-v3,button-press-topdown-v3 --batch-size 160 "
-        "--learning-rate 1e-3 --initial-alpha 0.003 --learning-starts 5000 --total-steps 200000 --eval-every 10000 "
-        "--eval-episodes 10 --log-every 2000 --checkpoint-minutes 5"
+        "--env-id reach-v3,drawer-close-v3,door-close-v3,window-close-v3,button-press-topdown-v3 --batch-size 32 "
+        "--learning-rate 1e-3 --initial-alpha 0.003 --learning-starts 1000 --steps 40000 --eval-every 2000 "
+        "--eval-episodes 10 --log-every 400"
     ),
     "comparison": (
-        "--env-id MT10 --batch-size 320 --learning-rate 1e-3 --initial-alpha 0.003 --alpha-learning-rate 1e-5 "
-        "--learning-starts 10000 --total-steps 1000000 --eval-every 50000 --eval-episodes 20"
+        "--env-id MT10 --batch-size 32 --learning-rate 1e-3 --initial-alpha 0.003 --alpha-learning-rate 1e-5 "
+        "--learning-starts 1000 --steps 100000 --eval-every 5000 --eval-episodes 20"
     ),
 }
 VARIANTS = {
@@ -59,43 +57,39 @@ VARIANTS = {
         "--no-resrouting --no-sample-k",
     },
 }
-PROCESSES = []
-STOP = []  # signals that came
 
 
-def stop(number, _) -> None:
-    STOP.append(number)
-    for process in PROCESSES:
-        process.terminate()
-
-
-def train(run: Path, options: str) -> bool:
-    """A run, or what is left of it. Returns whether it is finished."""
-    if evaluations(run) or STOP:
-        return not STOP
-    options = [*options.split(), "--run-name", run.name, "--results-dir", str(run.parent)]
-    if (run / "checkpoint.pt").exists():
-        options = ["--resume", str(run)]
-    script = HERE / "mtsac.py" if run.name.startswith("mt-sac") else HERE.parent / "d2r_sac.py"
+def start(run: Path, options: str) -> subprocess.Popen:
+    """Begin a run, or continue it: the command is the same."""
+    script = HERE / ("mtsac.py" if run.name.startswith("mt-sac") else "fast.py")
+    command = [sys.executable, script, *options.split(), "--run-dir", run]
     with open(f"{run}.log", "a") as log:
         print(f"training {run.name}, see {log.name}", flush=True)
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        # In a process group of its own, so that Ctrl-C reaches it through `stop` only.
-        command = [sys.executable, script, *options]
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-    PROCESSES.append(process)
-    print(f"{run.name} ended with exit code {process.wait()}", flush=True)
-    return process.returncode == 0 and not STOP
+        return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
 
 
-def evaluations(run: Path) -> list[dict[str, float]]:
-    """The evaluations of a run, if it is finished; else nothing."""
-    if not (run / "progress.csv").exists():
-        return []
-    rows = csv.DictReader((run / "progress.csv").read_text().splitlines())
-    rows = [{name: float(value or "nan") for name, value in row.items()} for row in rows if row["success"]]
-    total = json.loads((run / "args.json").read_text())["args"]["total_steps"]
-    return rows if rows and rows[-1]["global_step"] >= total else []
+def train(todo: dict[Path, str], jobs: int) -> None:
+    """Train the runs with their options, `jobs` at a time. Exits if a run fails, or at Ctrl-C or SIGTERM."""
+    waiting = [run for run in todo if not evaluations(run)]
+    running = {}
+    stop = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: stop.append(number))
+    while (waiting or running) and not stop:
+        if waiting and len(running) < jobs:
+            run = waiting.pop(0)
+            running[run] = start(run, todo[run])
+            continue
+        time.sleep(1)
+        for run in [run for run, process in running.items() if process.poll() is not None]:
+            print(f"{run.name} ended with exit code {running.pop(run).returncode}", flush=True)
+    for process in running.values():
+        process.kill()
+        process.wait()
+    if stop:
+        sys.exit("the same command continues")
+    if not all(evaluations(run) for run in todo):
+        sys.exit("error: a run failed, its log says why; --jobs 0 shows the finished ones")
 
 
 def values(seeds: list[list[dict]], name: str) -> np.ndarray:
@@ -155,16 +149,12 @@ def main(
         chosen[name] = f"{ARGUMENTS[benchmark]} {SMALL} {options if equals else known[name]}"
     directory_of_runs = HERE / benchmark
     directory_of_runs.mkdir(parents=True, exist_ok=True)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
-    with ThreadPoolExecutor(max(jobs, 1)) as pool:
-        todo = [(directory_of_runs / f"{name}-seed{seed}", seed, name) for seed in seeds for name in chosen]
-        ended = [pool.submit(train, run, f"{chosen[name]} --seed {seed}") for run, seed, name in todo if jobs]
-    if STOP:
-        print("the same command continues")
-        sys.exit(128 + STOP[0])
-    if not all(run.result() for run in ended):
-        sys.exit("error: a run failed, its log says why; --jobs 0 shows the finished ones")
+    todo = {}
+    for seed in seeds:
+        for name, options in chosen.items():
+            todo[directory_of_runs / f"{name}-seed{seed}"] = f"{options} --seed {seed}"
+    if jobs:
+        train(todo, jobs)
     runs = {name: [] for name in known}
     for run in sorted(directory_of_runs.glob("*-seed*/")):
         if rows := evaluations(run):

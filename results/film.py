@@ -14,9 +14,7 @@ from pathlib import Path
 
 import torch._dynamo  # first: Triton's LLVM after OSMesa's would be a segmentation fault
 
-if (
-    __name__ == "__main__" and "--help" not in sys.argv
-):  # before anything else imports MuJoCo, which then looks for OpenGL
+if __name__ == "__main__" and "--help" not in sys.argv:  # before MuJoCo is imported, which then looks for OpenGL
     os.environ.setdefault("MUJOCO_GL", "egl" if torch.cuda.is_available() else "osmesa")
     try:
         import mujoco
@@ -31,21 +29,19 @@ import numpy as np
 import tyro
 from PIL import Image
 from plot import BLUE, directory
-from routing import Graph, Steps, d2r, load_policy, rollout
+from routing import Graph, Steps, d2r, rollout
 
 FRAMES_PER_SECOND, FRAMES, STEPS_AFTER_SUCCESS, WIDTH = 10, 80, 15, 840  # WIDTH in pixels
 
 
-def play(agent, index):
+def play(actor, args, index):
     """An episode of a task, without its last step, in which the environment resets itself: MuJoCo's model, its states
     after each step, and Steps."""
-    args = agent.args
-    env = d2r.make_env(args.tasks[index], args, args.seed)
-    make = [lambda: gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))]
-    envs = gym.vector.SyncVectorEnv(make, autoreset_mode="SameStep")
+    env = d2r.make_policy_env(args.tasks[index], args, args.seed)
+    envs = gym.vector.SyncVectorEnv([lambda: env], autoreset_mode="SameStep")
     states = []
     steps = []
-    for step in islice(rollout(agent, envs, [index]), max(args.episode_length - 1, 1)):
+    for step in islice(rollout(actor, args, envs, [index]), max(args.episode_length - 1, 1)):
         states.append(copy.copy(env.unwrapped.data))
         steps.append(step)
     return env.unwrapped.model, states, Steps(*map(np.concatenate, zip(*steps)))
@@ -109,15 +105,15 @@ def draw(args, titles, episodes, shown):
 
 
 def main(run: tyro.conf.Positional[Path], task: tuple[str, ...] = (), out: Path | None = None) -> None:
-    agent, tasks = load_policy(run)
+    actor, tasks, args = d2r.load_policy(run / "actor.pt")
     chosen = task or tasks
     if not {*chosen} <= {*tasks}:
         sys.exit(f"error: the tasks of this run are {', '.join(tasks)}")
-    episodes = [play(agent, tasks.index(task)) for task in chosen]
+    episodes = [play(actor, args, tasks.index(task)) for task in chosen]
     solved = [steps.success.argmax() if steps.success.any() else len(steps.success) for *_, steps in episodes]
     length = min(max(solved) + STEPS_AFTER_SUCCESS, len(episodes[0][2].success))
     shown = np.linspace(0, length - 1, min(length, FRAMES)).astype(int)
-    frames = [*draw(agent.args, chosen, episodes, shown)]
+    frames = [*draw(args, chosen, episodes, shown)]
     # One palette for all frames: what does not move has the same colours in each, and takes no space.
     palette = Image.fromarray(np.concatenate(frames[:: max(1, len(frames) // 4)])).quantize(256)
     frames = [np.asarray(frame.quantize(palette=palette, dither=Image.Dither.NONE).convert("RGB")) for frame in frames]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""MT-SAC, a baseline: d2r_sac.py whose environments append the task's one-hot to the observation.
+"""MT-SAC, a baseline: results/fast.py whose environments append the task's one-hot to the observation.
 
 With the options below its networks are residual MLPs that read both, since a module has only one source:
 
@@ -7,14 +7,11 @@ With the options below its networks are residual MLPs that read both, since a mo
         --encoder-widths 128 128 --router-widths 8 --no-resrouting --no-sample-k
 """
 
-import sys
 import warnings
-from pathlib import Path
 
+import fast
+from fast import d2r
 from metaworld.wrappers import OneHotWrapper
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import d2r_sac as d2r
 
 make_env = d2r.make_env
 warnings.filterwarnings("ignore", ".*precision lowered by casting to float32")  # of the wrapper's bounds
@@ -25,5 +22,6 @@ def make_one_hot_env(task, args, seed):
 
 
 if __name__ == "__main__":
+    fast.install()
     d2r.make_env = make_one_hot_env
     d2r.main()

@@ -1,27 +1,27 @@
 # SPDX-License-Identifier: MIT
-"""Compare d2r_sac.py with the authors' code, github.com/DarkDawn233/D2R_MTRL, of which CHECKOUT is a clone.
+"""Compare d2r_sac.py and fast.py with the authors' code, github.com/DarkDawn233/D2R_MTRL; CHECKOUT is a clone of it.
 
-    python results/parity.py CHECKOUT                   outputs, gradients and six updates, in float64
-    python results/parity.py CHECKOUT --time 1280       how long updates of this batch take, in turns, in float32
+    python results/parity.py CHECKOUT                outputs, gradients and six updates, in float64
+    python results/parity.py CHECKOUT --time 128     how long updates of this batch of each task take, in float32
 
 At the size of MT10 (10 tasks, 16 modules of 128), from the same random weights, inputs, routes and noise, it prints the
-worst relative difference, |ours - theirs| / max |theirs|, over all entries of all tensors. So that both can compute the
+worst relative difference, |ours - theirs| / max |theirs|, over all entries of all tensors. So that all can compute the
 same, the epsilon of 1e-6 in the authors' log-probability is 0, and Sample-K is off (except with --time).
 """
 
 import statistics
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
 import torch
 import tyro
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import d2r_sac as d2r
+from fast import PLAIN, FastAgent, FastNetwork, d2r
 
 T, OBS, ACTION, M, K = 10, 39, 4, 16, 2
+FORMS = {"d2r_sac.py": PLAIN, "fast.py": (FastNetwork, FastAgent)}
 
 
 def pairs(theirs, ours):
@@ -35,12 +35,13 @@ def difference(theirs, ours) -> float:
     return ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-300)).item()
 
 
-def agents(sample_k):
-    """Their agent and ours, and pairs of their networks and ours, with the same random weights."""
+def agents(form, sample_k):
+    """Their agent and ours, and pairs of their networks and ours, with the same random weights; each time the same."""
     from torchrl.algo.mt_sac import MTSAC
     from torchrl.networks import FlattenDepthRouteNet, MLPBase
     from torchrl.policies import DepthRoutePolicy
 
+    torch.manual_seed(0)
     options = {
         "task_num": T, "base_type": MLPBase, "hidden_shapes": [400, 400], "em_hidden_shapes": [400], "top_k": K,
         "module_hidden": 128, "module_num": M, "gate_hiddens": [256, 256], "rescale_prob": True, "use_resnet": True,
@@ -53,7 +54,8 @@ def agents(sample_k):
         tau=0.005, pf=actor, qf1=critics[0], qf2=critics[1], plr=3e-4, qlr=3e-4, alphalr=1e-4, max_log_alpha=0.0,
         temp_reweight=True, mask_extreme_task=True,
     )  # fmt: skip
-    ours = d2r.Agent(OBS, ACTION, T, d2r.Args(sample_k=sample_k))
+    d2r.D2RNetwork, agent = FORMS[form]
+    ours = agent(OBS, ACTION, T, d2r.Args(sample_k=sample_k))
     networks = [(actor, ours.actor), *zip(critics, ours.critics)]
     networks += zip((theirs.target_qf1, theirs.target_qf2), ours.target_critics)
     scales = {"depth_route_net.gates.2": 10, "last": 0.02}  # decided routes; like the initial head
@@ -85,7 +87,8 @@ def random_batch(agent, n):
 
 def compare_critics(agent, theirs, ours):
     """Output and every gradient of a critic: for Top-K and for routes passed in, with and without ResRouting."""
-    outputs, gradients = [], []
+    outputs = []
+    gradients = []
     task = agent.tasks.repeat_interleave(16)
     for resrouting in (False, True):
         theirs.depth_route_net.resrouting = ours.resrouting = resrouting
@@ -101,7 +104,7 @@ def compare_critics(agent, theirs, ours):
             expected.sum().backward()
             output.sum().backward()
             gradients += [difference(parameter.grad, own.grad) for parameter, own in pairs(theirs, ours)]
-    print(f"| outputs | {max(outputs):.1e} |\n| gradients of all parameters | {max(gradients):.1e} |")
+    return {"outputs": max(outputs), "gradients of all parameters": max(gradients)}
 
 
 def compare_updates(theirs, ours, networks):
@@ -123,15 +126,21 @@ def compare_updates(theirs, ours, networks):
         theirs.update(their_batch)
         noise[:] = [of_obs, of_next_obs]
         ours.update(*batch)
-    worst = max(difference(parameter.data, own.data) for pair in networks for parameter, own in pairs(*pair))
-    print(f"| weights of actor, critics and targets after six updates | {worst:.1e} |")
-    print(f"| log alpha after six updates | {difference(theirs.log_alpha.data, ours.log_alpha.data):.1e} |")
+    weights = [difference(parameter.data, own.data) for pair in networks for parameter, own in pairs(*pair)]
+    return {
+        "weights of actor, critics and targets after six updates": max(weights),
+        "log alpha after six updates": difference(theirs.log_alpha.data, ours.log_alpha.data),
+    }
 
 
-def compare_time(theirs, ours, batch_size):
+def compare_time(batch_size):
     """Updates in turns: six rounds of six each, the first of which does not count. Prints medians."""
-    their_batch, batch = random_batch(ours, batch_size // T)
-    updates = {"theirs": lambda: theirs.update(their_batch), "ours": lambda: ours.update(*batch)}
+    updates = {}
+    for form in FORMS:
+        theirs, ours, _ = agents(form, sample_k=True)
+        their_batch, batch = random_batch(ours, batch_size)
+        updates["the authors' code"] = partial(theirs.update, their_batch)
+        updates[form] = partial(ours.update, *batch)
     seconds = {name: [] for name in updates}
     for _ in range(6):
         for name, update in updates.items():
@@ -139,22 +148,25 @@ def compare_time(theirs, ours, batch_size):
                 start = perf_counter()
                 update()
                 seconds[name] += [perf_counter() - start] if call else []
-    a, b = (1e3 * statistics.median(values) for values in seconds.values())
-    print(f"{torch.get_num_threads()} threads: theirs {a:.1f} ms, ours {b:.1f} ms, {a / b:.2f} times as fast")
+    print(f"| batch {batch_size} of each task, {torch.get_num_threads()} threads | an update |\n|---|---|")
+    for name, values in seconds.items():
+        print(f"| {name} | {1e3 * statistics.median(values):.1f} ms |")
 
 
 def main(checkout: tyro.conf.Positional[Path], time: int | None = None) -> None:
     sys.path.insert(0, str(checkout))
-    torch.manual_seed(0)
     if time:
-        theirs, ours, _ = agents(sample_k=True)
-        compare_time(theirs, ours, time)
+        compare_time(time)
         return
     torch.set_default_dtype(torch.float64)
-    theirs, ours, networks = agents(sample_k=False)
-    print("| float64, seed 0 | worst relative difference |\n|---|---|")
-    compare_critics(ours, *networks[1])
-    compare_updates(theirs, ours, networks)
+    columns = []
+    for form in FORMS:
+        theirs, ours, networks = agents(form, sample_k=False)
+        columns.append(compare_critics(ours, *networks[1]) | compare_updates(theirs, ours, networks))
+    plain, fast = columns
+    print("| worst relative difference, float64, seed 0 | d2r_sac.py | fast.py |\n|---|---|---|")
+    for name, value in plain.items():
+        print(f"| {name} | {value:.1e} | {fast[name]:.1e} |")
 
 
 if __name__ == "__main__":

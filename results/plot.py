@@ -8,6 +8,7 @@ Pictures go where --out says. By default it is the run's directory, or, if git t
 """
 
 import csv
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,17 @@ def read(run: Path) -> list[dict]:
     return rows
 
 
+def evaluations(run: Path) -> list[dict[str, float]]:
+    """The evaluations of a run, if it is finished; else nothing."""
+    if not (run / "progress.csv").exists():
+        return []
+    rows = csv.DictReader((run / "progress.csv").read_text().splitlines())
+    rows = [{name: float(value or "nan") for name, value in row.items()} for row in rows if row.get("success")]
+    saved = json.loads((run / "args.json").read_text())
+    total = saved["args"]["steps"] * len(saved["tasks"])
+    return rows if rows and rows[-1]["global_step"] >= total else []
+
+
 def curve(rows: list[dict], column: str) -> tuple[list[int], list[float]]:
     """Steps and values of a column, where there is a value."""
     points = [(int(row["global_step"]), float(row[column])) for row in rows if row.get(column)]
@@ -67,7 +79,7 @@ def curve(rows: list[dict], column: str) -> tuple[list[int], list[float]]:
 def plot(run: Path, out: Path | None = None) -> None:
     """progress.png: small multiples, a panel for each task."""
     rows = read(run)
-    tasks = [name.removeprefix("return/") for name in rows[0] if name.startswith("return/")]
+    tasks = json.loads((run / "args.json").read_text())["tasks"]
     kind = "success" if any(row.get("success") or row.get("train_success") for row in rows) else "return"
     panels = {kind: "mean", **{f"{kind}/{task}": task for task in tasks}}
     if any(row.get("modules_used") for row in rows):
@@ -107,8 +119,6 @@ def plot(run: Path, out: Path | None = None) -> None:
 
 def plot_mt10(out: Path) -> None:
     """mt10.png: the runs of MT10 that are kept, beside published ones."""
-    from ablation import evaluations  # not above, since ablation.py imports this file
-
     figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
     for name, (color, *policy) in KEPT.items():
         steps, success = curve(read(RESULTS / name), "success")

@@ -38,25 +38,17 @@ class Steps(NamedTuple):
     ended: np.ndarray  # the episode's last step
 
 
-def load_policy(run: Path):
-    torch.set_num_threads(1)  # more would compete with the environments
-    try:
-        return d2r.load_policy(run)
-    except OSError as error:
-        sys.exit(f"error: {error}")
-
-
 @torch.no_grad()
-def rollout(agent, envs, tasks: list[int]):
+def rollout(actor, args, envs, tasks: list[int]):
     """Act in envs, of the tasks with these indices, as an evaluation does, for ever: Steps, one by one."""
     task = torch.tensor(tasks)
     success = np.zeros(len(tasks), bool)
-    envs.reset(seed=agent.args.seed)
+    envs.reset(seed=args.seed)
     obs, _ = envs.reset()
     while True:
-        h, logits = agent.actor.routing_network(torch.as_tensor(obs, dtype=torch.float32), task)
-        routes = d2r.top_k(logits, agent.actor.K)
-        output = agent.actor.run_modules(h, logits, routes)
+        h, logits = actor.routing_network(torch.as_tensor(obs, dtype=torch.float32), task)
+        routes = d2r.top_k(logits, actor.K)
+        output = actor.run_modules(h, logits, routes)
         used = d2r.used_modules(routes)
         weights = torch.zeros_like(logits).scatter_add_(-1, routes, d2r.routing_weights(logits, routes))
         weights *= F.pad(used[:, 1:], (0, 1), value=True)[..., None]
@@ -69,12 +61,13 @@ def rollout(agent, envs, tasks: list[int]):
         success = success & ~ended
 
 
-def record(agent, episodes: int) -> Steps:
+def record(actor, args, episodes: int) -> Steps:
     """So many episodes of each task, in processes of their own."""
     steps = []
     finished = 0
-    with closing(d2r.make_envs(agent.args, agent.args.seed)) as envs:
-        for step in rollout(agent, envs, [*range(len(agent.args.tasks))]):
+    args.envs_per_task = 1
+    with closing(d2r.make_envs(args, args.seed)) as envs:
+        for step in rollout(actor, args, envs, [*range(len(args.tasks))]):
             steps.append(step)
             finished = finished + step.ended
             if finished.min() >= episodes:
@@ -144,11 +137,12 @@ def plot_tsne(steps, tasks, path):
 
 
 def main(run: tyro.conf.Positional[Path], episodes: int = 10, out: Path | None = None) -> None:
-    agent, tasks = load_policy(run)
+    torch.set_num_threads(1)  # more would compete with the environments
+    actor, tasks, args = d2r.load_policy(run / "actor.pt")
     print(f"running {episodes} episodes of each task", flush=True)
-    steps = record(agent, episodes)
+    steps = record(actor, args, episodes)
     out = directory(run, out)
-    plot_paths(steps, agent.args, out / "paths.png")
+    plot_paths(steps, args, out / "paths.png")
     plot_tsne(steps, tasks, out / "tsne.png")
 
 
