@@ -5,27 +5,30 @@
     python d2r_sac.py --env-id MT10
 
 One policy for many tasks. Its network has M base modules and a head. For every state and task a routing network chooses
-which earlier modules, its sources, each module reads. So an easy task can use few modules, and a hard one many.
+which earlier modules, its sources, each module reads. A module from which no path leads to the head is not used, so an
+easy task can take few modules, and a hard one many. He et al., "Not All Tasks Are Equally Difficult: Multi-Task Deep
+Reinforcement Learning with Dynamic Depth Routing", AAAI 2024, arXiv:2312.14472, code: github.com/DarkDawn233/D2R_MTRL.
 
     state -> h,  task -> e,  h * e -> router -> logits -> routes: the K sources of each module, and of the head
     h -> module 0 -> modules 1 ... M-1, each reads a weighted sum of its sources -> head -> action, or Q-value
 
-Paper: He et al., "Not All Tasks Are Equally Difficult: Multi-Task Deep Reinforcement Learning with Dynamic Depth
-Routing", AAAI 2024, arXiv:2312.14472. The authors' code: github.com/DarkDawn233/D2R_MTRL.
+    T  tasks                                 B  samples; in an update T * batch_size, ordered by task
+    E  environments of each task             M  modules, numbered 0 ... M-1; the head counts as module M
+    H  width of a module                     K  sources of a module; edge (i, j): module i reads module j
 
-An example with M = 3 and K = 2, for one sample. Module 0 reads h; modules 1 and 2 and the head have a row of routes:
+Module i makes f_i of what it reads, x_i, and hands on o_i = f_i + x_i, as in a residual network. Module 0 reads h. An
+example with M = 3 and K = 2, for one sample:
 
-    routes = [[0, 0],    module 1 reads module 0, its only choice; a source named twice counts once
-              [1, 0],    module 2 reads modules 1 and 0
-              [2, 0]]    the head reads modules 2 and 0; all three modules lead to it, so the depth is 3
+    routes = [[0, 0],    row 0, of module 1: it can only read module 0; a source named twice counts once
+              [1, 0],    row 1, of module 2: it reads modules 1 and 0
+              [1, 0]]    row 2, of the head: it reads modules 1 and 0, so module 2 is not used, and the depth is 2
 
-    x_0 = 0                        f_0 = relu(W_0 relu(h) + b_0)     o_0 = f_0
-    x_1 = o_0                      f_1 = relu(W_1 x_1 + b_1)         o_1 = f_1 + x_1
-    x_2 = w_21 o_1 + w_20 o_0      f_2 = relu(W_2 x_2 + b_2)         o_2 = f_2 + x_2
-    x_3 = w_32 o_2 + w_30 o_0      output = W_3 x_3 + b_3, the head's
+    x_0 = 0                        f_0 = relu(W_0 relu(h) + b_0)
+    x_1 = o_0                      f_1 = relu(W_1 x_1 + b_1)
+    x_2 = w_21 o_1 + w_20 o_0      f_2 = relu(W_2 x_2 + b_2)
+    x_3 = w_31 o_1 + w_30 o_0      output = W_3 x_3 + b_3
 
-As in a residual network, module i hands on what it made, f_i, plus what it read, x_i, its shortcut. Row r of logits
-(B, M, M), routes and weights (B, M, K) belongs to module r + 1. A logit of -inf forbids an edge. In general:
+Row r of logits (B, M, M) and routes (B, M, K) is that of module r + 1. A logit of -inf forbids an edge. In general:
 
     concept              formula                                                           code
     routing network      z = router(h * e), h = encoder(inputs), e = encoder(task)         RoutingNetwork
@@ -41,18 +44,15 @@ As in a residual network, module i hands on what it made, f_i, plus what it read
     task weights         T softmax(-log alpha), with mean 1, multiply the tasks' losses    Agent.task_weights
     route balancing      a task's weight is also its temperature in Sample-K               Agent.temperature
 
-    T  tasks                                 B  samples, always ordered by task: B / T of the first, and so on
-    E  environments of each task             M  modules, numbered 0 ... M-1; the head counts as module M
-    H  width of a module                     K  sources of a module; edge (i, j): module i reads module j
-
 Choosing is not differentiable: the router learns through the weights of the sources that were chosen. Nothing rewards
 a short route. That easy tasks end up with fewer modules is an empirical claim of the paper, which our runs do not show.
+All modules are computed here; results/fast.py skips the unused ones and trains in half the time.
 
-What to expect: train_return rises, alpha falls from where it started, skipped stays 0. With README's options for short
-runs three easy tasks are solved in half an hour on a CPU core, and MT10 reached a success rate of 0.5 in 50,000 steps
-of each task, four minutes on an H100. With the defaults, the paper's options, success comes later; we have not run them
-to the end. results/fast.py computes the same in about half the time, since it skips modules that a sample does not use.
-results/evaluate.py evaluates a policy. `# NOTE:` marks where the paper, its authors' code and this file differ.
+What to expect: train_return rises, alpha falls, skipped stays 0. The defaults are the paper's; they take hours on a GPU
+and days on a CPU, and we have not run them to the end. For short runs add --learning-rate 1e-3 --initial-alpha 0.003
+--alpha-learning-rate 1e-5 --learning-starts 1000: MT10 reached a success rate of 0.5 after 50,000 steps of each task,
+four minutes on an H100. On a CPU begin with README's three tasks, half an hour; results/evaluate.py evaluates a policy.
+`# NOTE:` marks where this file, the paper and the authors' code differ.
 """
 
 import copy
@@ -84,9 +84,9 @@ class Args:
     """Dynamic Depth Routing (D2R) with multi-task SAC. The defaults are the paper's for MT10."""
 
     env_id: str = "MT10"  # MT10, MT25, MT50, or Meta-World V3 tasks (reach-v3,drawer-close-v3)
-    goals: Literal["random", "fixed"] = "random"  # each episode another of 50, or always one
+    goals: Literal["random", "fixed"] = "random"  # in each episode one of 50, or always the same
     episode_length: int = 200  # time limit of an episode, in steps, at most 500
-    envs_per_task: int = 1  # environments of each task (E); there is one update per step of all
+    envs_per_task: int = 1  # environments of each task (E); one update follows a step of all
     # Budgets of each task
     steps: int = 1_500_000  # environment steps of each task (the paper on MT50: 1_000_000)
     buffer_size: int = 100_000  # transitions of each task in the replay buffer (MT50: 200_000)
@@ -95,14 +95,14 @@ class Args:
     # Networks and routing
     num_modules: int = 16  # base modules of a network (M)
     top_k: int = 2  # sources of a module (K); for soft routing, as many as num_modules
-    routing: Literal["module", "layer", "model"] = "module"  # granularity, see allowed_sources
+    routing: Literal["module", "layer", "model"] = "module"  # see allowed_sources
     parallel_modules: int = 4  # modules in a layer, or number of chains (P), for layer and model
     module_width: int = 128  # width of a base module (H)
-    encoder_widths: tuple[int, ...] = (400, 400)  # layers; the last is also the task encoder's
+    encoder_widths: tuple[int, ...] = (400, 400)  # the last is the task encoder's, too
     router_widths: tuple[int, ...] = (256, 256)  # hidden layers of the router
     resrouting: bool = True  # ResRouting; without it gradients reach all chosen modules
     route_balancing: bool = True  # a temperature for each task; without it all have temperature 1
-    sample_k: bool = True  # sample routes in acting and in the critics' loss; else Top-K
+    sample_k: bool = True  # Sample-K in acting and in the critics' loss; without it Top-K
     # Soft actor-critic
     gamma: float = 0.99  # discount factor
     tau: float = 0.005  # rate of the target critics' Polyak averaging
@@ -116,7 +116,7 @@ class Args:
     seed: int = 1  # seed of the networks, the sampling and the goals
     run_dir: str = ""  # directory of the results; by default such as results/MT10-random-seed1
     eval_every: int = 15_000  # steps of each task between evaluations
-    eval_episodes: int = 32  # of each task; by the defaults they add 43 % of environment steps
+    eval_episodes: int = 32  # of each task; they add 43 % of steps, not counted
     log_every: int = 1_000  # steps of each task between rows of progress.csv
     checkpoint_minutes: float = 5.0  # minutes between checkpoints (on MT10 0.4 GB, on MT50 4 GB)
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu or cuda
@@ -135,10 +135,10 @@ class Args:
 
 # ======================================================================================================================
 # The method. To use it elsewhere, copy the code between the double lines. It needs copy, math, itertools.pairwise,
-# torch, nn and F. A network by itself, if args has the options from num_modules to resrouting:
+# torch, nn and F. args can be any object with the options from num_modules to resrouting (Agent: to max_grad_norm).
 #     network = D2RNetwork(input_dim=39, output_dim=8, num_tasks=10, args=args)
-#     output, routes = network(states, tasks)  # (B, 39), (B,) -> (B, 8), (B, M, K): Top-K
-#     output, routes = network(states, tasks, temperature=torch.ones(10))  # Sample-K
+#     output, routes = network(states, task)  # (B, 39), (B,) -> (B, 8), (B, M, K): Top-K
+#     output, routes = network(states, task, temperature=torch.ones(10))  # Sample-K
 # ----------------------------------------------------------------------------------------------------- routing network
 def init(layer):
     bound = layer.out_features**-0.5  # NOTE: as in the authors' code; usual is in_features**-0.5.
@@ -166,11 +166,11 @@ class RoutingNetwork(nn.Module):
         # NOTE: the router's last layer is initialised like its hidden ones, as in the authors' code.
         self.router = mlp((encoder_widths[-1], *router_widths, int(allowed.sum())))
         self.register_buffer("one_hot", torch.eye(num_tasks), persistent=False)
-        self.register_buffer("edges", allowed.flatten().nonzero().squeeze(1), persistent=False)  # of M * M
+        self.register_buffer("edges", allowed.flatten().nonzero().squeeze(1), persistent=False)  # in M * M
 
     def forward(self, inputs, task):
         """inputs (B, input_dim), task (B,) indices -> h (B, encoder_widths[-1]), logits (B, M, M).
-        NOTE: the embeddings have no activation, as in the authors' code, so that h * e keeps the signs of both."""
+        NOTE: neither embedding has an activation, as in the authors' code. Module 0 will read relu(h)."""
         h = self.obs_encoder(inputs)
         e = self.task_encoder(self.one_hot[task])
         z = self.router(h * e)  # (B, number of allowed edges)
@@ -195,10 +195,10 @@ def sample_k(logits, K):
 
 
 def routing_weights(logits, routes):
-    """Softmax of the logits over the chosen sources: (B, M, M), (B, M, K) -> (B, M, K). Of [0, 0] the second has weight
-    0. Sample-K's temperature plays no part here: it changes which sources are tried, not how they are mixed."""
-    repeated = [(routes[..., :k] == routes[..., k, None]).any(-1) for k in range(routes.shape[-1])]
-    z = logits.gather(-1, routes).masked_fill(torch.stack(repeated, dim=-1), -torch.inf)
+    """Softmax of the logits over the chosen sources: (B, M, M), (B, M, K) -> (B, M, K). If sources 1, 2 are chosen from
+    z = 2, 1, 0, w = 0.73, 0.27. Sample-K's temperature changes which sources are tried, not how they are mixed."""
+    named_before = [(routes[..., :k] == routes[..., k, None]).any(-1) for k in range(routes.shape[-1])]
+    z = logits.gather(-1, routes).masked_fill(torch.stack(named_before, dim=-1), -torch.inf)
     return z.softmax(-1)
 
 
@@ -226,8 +226,8 @@ def allowed_sources(M, routing, P):
 
 # ------------------------------------------------------------------------------------------------------- base modules
 class BaseModule(nn.Linear):
-    """f = relu(W x + b). Any nn.Module can replace it that is built as BaseModule(in_features, out_features), maps (B,
-    in_features) to (B, out_features), and treats each sample by itself (no BatchNorm)."""
+    """f = relu(W x + b). For another module replace this class by any nn.Module that has the same arguments and shapes,
+    (B, in_features) -> (B, out_features), and treats each sample by itself (no BatchNorm)."""
 
     def reset_parameters(self):  # nn.Linear calls it
         init(self)
@@ -239,28 +239,29 @@ class BaseModule(nn.Linear):
 def gradient_kept(logits):
     """ResRouting, part 1: the edges that the current router finds likely. (B, M, M) -> (B, M, M) bool.
     Edge (i, j) is likely if p_ij > 1 / (J + 1) (NOTE: a threshold of the authors' code). p_ij is the softmax over all J
-    sources that module i may choose from, not only over the chosen ones, and at temperature 1. With J = 4 and p = 0.6,
-    0.25, 0.1, 0.05 the first two are likely. An untrained router has about p = 1 / J, so it keeps most edges."""
+    sources that module i may choose from, not only over the chosen ones, and at temperature 1. With J = 3 and z = 2, 1,
+    0, p = 0.67, 0.24, 0.09 and only the first is likely. Before training p is about 1 / J, and most edges are."""
     J = (logits > -torch.inf).sum(-1, keepdim=True, dtype=logits.dtype)
     return logits.softmax(-1) > 1 / (J + 1)
 
 
 def mix_sources(f, x, w, kept):
-    """ResRouting, part 2: mix the outputs o_j = f_j + x_j of module i's K sources. f, x (B, K, H); w, kept (B, K) ->
-    the sum of w_ij o_j, (B, H), twice: as the input of module i's layer, and as its shortcut x_i. The values are equal,
-    the gradients are not:
+    """ResRouting, part 2: mix the outputs o_j = f_j + x_j of module i's K sources. f, x (B, K, H); w, kept (B, K).
+    Returns two sums of the same value, sum_j w_ij o_j, (B, H): the input of module i's layer, and its shortcut x_i.
+    Only one way of the gradient is cut, from module i's layer, over an edge that is not kept, to f_j:
 
-        a gradient that comes through    reaches w_ij    reaches x_j    reaches f_j
-        the layer of module i            yes             yes            only if edge (i, j) is kept
-        the shortcut of module i         yes             yes            yes
+        gradient of                      to w_ij    to x_j    to f_j
+        the input of module i's layer    yes        yes       only if edge (i, j) is kept
+        its shortcut x_i                 yes        yes       yes
 
-    Why: the actor learns from replayed routes, which an older policy chose. Suppose that module 9 read modules 3 and 5
-    then, and that the router has since learned to avoid both, with p = 0.01 each. The weights are a softmax over only
-    these two, about 0.5 each, so modules 3 and 5 would learn at full strength to serve a reader that they will hardly
-    ever serve again. (If only one of them were unlikely, its weight would be small anyway.) So the gradient goes around
-    f_3 and f_5, through x_3 and x_5, to the modules before them: hence the name. The router still learns, through w.
-    NOTE: the shortcut is not blocked, as in the authors' code. So modules 3 and 5 still learn from what the readers of
-    module 9 make of x_9. The head has no shortcut: what it reads over a blocked edge does not train f_j at all."""
+    Why: the actor learns on replayed routes, which an older policy chose. Suppose that module 9 read modules 3 and 5,
+    and that the router has since learned to avoid both, with p = 0.01 each. The weights are a softmax over only these
+    two, about 0.5 each, so modules 3 and 5 would learn at full strength to serve a reader that they will hardly ever
+    serve again. (One unlikely source beside a likely one has a small weight anyway.) With the cut the gradient goes the
+    residual way, through x_3 and x_5 to what modules 3 and 5 read. The router still learns, through w.
+
+    What is not cut: module 9 hands on x_9, too. The gradient that comes back this way, from the readers of module 9,
+    does train f_3 and f_5 (NOTE: as in the authors' code). The head has no shortcut, so there the cut is complete."""
     w = w[..., None]  # (B, K, 1)
     f_kept = torch.where(kept[..., None], f, f.detach())
     layer_input = (w * (f_kept + x)).sum(1)
@@ -269,8 +270,7 @@ def mix_sources(f, x, w, kept):
 
 
 class D2RNetwork(nn.Module):
-    """A routing network and its base modules: an actor (output: mean and log std), a critic (output: Q), or any other.
-    args: an object with the options that Args has under "Networks and routing", from num_modules to resrouting."""
+    """A routing network and its base modules: an actor (output: mean and log std), a critic (Q), or any other."""
 
     def __init__(self, input_dim, output_dim, num_tasks, args):
         super().__init__()
@@ -302,13 +302,13 @@ class D2RNetwork(nn.Module):
         kept = gradient_kept(logits).gather(-1, routes)
         if not self.resrouting:
             kept = torch.ones_like(kept)  # the ablation
-        sample = torch.arange(len(h), device=h.device)[:, None]  # (B, 1)
+        b = torch.arange(len(h), device=h.device)[:, None]  # (B, 1), the samples
         f = [self.base_modules[0](F.relu(h))]  # (B, H), of each module so far
         x = [torch.zeros_like(f[0])]
-        for row, reader in enumerate([*self.base_modules[1:], self.head]):
+        for row, reader in enumerate([*self.base_modules[1:], self.head]):  # also the unused
             j = routes[:, row]  # (B, K), the reader's sources
-            f_j = torch.stack(f, dim=1)[sample, j]  # (B, K, H)
-            x_j = torch.stack(x, dim=1)[sample, j]
+            f_j = torch.stack(f, dim=1)[b, j]  # (B, K, H)
+            x_j = torch.stack(x, dim=1)[b, j]
             layer_input, shortcut = mix_sources(f_j, x_j, w[:, row], kept[:, row])
             f.append(reader(layer_input))
             x.append(shortcut)
@@ -343,13 +343,13 @@ class Agent(nn.Module):
 
         pass                                      routes             because
         actor, acting in training                 Sample-K, stored   it also has to try what does not look best
-        actor, its loss on replayed states        the stored ones    Top-K would train only what already looks best
-        critics, their loss on replayed actions   Sample-K           likewise; these may be unlikely edges, too
+        actor, its loss on replayed states        the stored ones    what was tried has to be trained, at the current
+                                                                     weights, or Top-K would never come to prefer it
+        critics, their loss on replayed actions   Sample-K           for the same reasons, with routes of their own
         critics, within the actor's loss          Top-K              they only judge, and are not trained
         actor and target critics, for the target  Top-K              nothing is trained, and the target has less noise
         actor, acting in an evaluation            Top-K              it does not have to try anything
-
-    args: an object with the options of Args from num_modules to max_grad_norm."""
+    """
 
     def __init__(self, obs_dim, action_dim, num_tasks, args, device="cpu"):
         super().__init__()
@@ -367,14 +367,16 @@ class Agent(nn.Module):
 
     def task_weights(self):
         """T softmax(-log alpha) = (1 / alpha) / mean(1 / alpha), (T,). They multiply the actor's and critics' losses.
-        The paper's premise: all alphas start equal. While a task is unsolved its policy stays random, its entropy is
-        above the target, and alpha falls. A mastered task needs a nearly deterministic policy, its entropy is below the
-        target, and alpha rises. So a mastered task weighs little: with alphas of 1 and 0.1 two weigh 0.18 and 1.82."""
+
+            a task is    its policy is          its entropy is    so its alpha    so its weight and temperature
+            unsolved     random                 above target      falls           rise: more training, more routes
+            mastered     nearly deterministic   below target      rises again     fall: its routes settle
+
+        This is the paper's premise. With alphas of 1 and 0.1 two tasks weigh 0.18 and 1.82."""
         return len(self.log_alpha) * (-self.log_alpha.detach()).softmax(0)
 
     def temperature(self):
-        """Route balancing: each task's temperature of Sample-K, (T,); None stands for Top-K.
-        It is low for mastered tasks, whose routes settle, and high for the others, which keep exploring routes."""
+        """Route balancing: each task's temperature of Sample-K, (T,), is its weight, see there. None is for Top-K."""
         if not self.args.sample_k:
             return None
         weights = self.task_weights()
@@ -415,11 +417,11 @@ class Agent(nn.Module):
     def actor_loss(self, obs, routes, task):
         """alpha log pi(a|s) - min_c Q_c(s, a), mean of each task, (T,), and log pi(a|s), (T, B / T)."""
         action, log_prob = sample_action(self.actor(obs, task, routes=routes)[0])
-        # The gradient passes through the critics, but does not train them. What was frozen before stays frozen.
+        # The gradient passes through the critics, but does not train them. What a user has frozen stays frozen.
         trained = [p for p in self.critics.parameters() if p.requires_grad]
         for p in trained:
             p.requires_grad_(False)
-        # NOTE: ResRouting also applies here, to the gradient of the action, as in the authors' code.
+        # NOTE: ResRouting also applies here, as in the authors' code: dQ/da ignores what blocked edges cut.
         q = self.q(self.critics, obs, action, task).amin(0)
         for p in trained:
             p.requires_grad_(True)
@@ -428,8 +430,8 @@ class Agent(nn.Module):
         return (alpha * log_prob - q).mean(-1), log_prob
 
     def update(self, obs, action, reward, next_obs, terminated, routes):
-        """Take one step on all losses. Arguments (B, ...) as from ReplayBuffer.sample, actions in [-1, 1]. Returns, (T,)
-        each: losses (the actor's and the critics' are weighted), skipped (1 or 0), alpha, temperature."""
+        """Take one step on all losses. Arguments (B, ...) as from ReplayBuffer.sample, actions in [-1, 1]. Returns (T,)
+        losses (the actor's and the critics' weighted), skipped (1 or 0), alpha, temperature."""
         task = self.tasks.repeat_interleave(len(obs) // len(self.tasks))  # (B,)
         critic_loss = self.critic_loss(obs, action, reward, next_obs, terminated, task)
         actor_loss, log_prob = self.actor_loss(obs, routes, task)
@@ -437,9 +439,8 @@ class Agent(nn.Module):
         losses = {"critic_loss": weight * critic_loss, "actor_loss": weight * actor_loss}
         losses["alpha_loss"] = -self.log_alpha * (log_prob.detach() + self.target_entropy).mean(-1)
         total = sum(losses.values())
-        skipped = total > self.args.max_task_loss  # NOTE: only in the authors' code, as in PaCo (NeurIPS 2022)
-        # NOTE: actor and critics step together, as in the authors' code; often the critics step first. One backward
-        # pass serves all losses, since no two of them train the same parameter.
+        skipped = total > self.args.max_task_loss  # NOTE: in the authors' code, as in PaCo (NeurIPS 2022)
+        # NOTE: all step together, as in the authors' code; often the critics step first. No two train one parameter.
         self.optimizer.zero_grad()
         torch.where(skipped, 0.0, total).mean().backward()
         for group in self.optimizer.param_groups:
@@ -456,7 +457,6 @@ class Agent(nn.Module):
 
 
 # ======================================================================================================================
-# ------------------------------------------------------------------------------------------------------- replay buffer
 class ReplayBuffer:
     """A ring of transitions for each task."""
 
@@ -503,7 +503,7 @@ def task_names(env_id):
 
 
 def make_env(task, args, seed):
-    """The environment of a task. args.seed decides on its 50 goals, seed on their order."""
+    """The environment of a task. args.seed decides on the task's 50 goals, seed on their order."""
     env = metaworld.make_mt_envs(task, seed=args.seed)
     env.unwrapped.seed(seed)  # Meta-World's reset ignores its seed
     if args.goals == "fixed":
@@ -538,7 +538,7 @@ class CheckedEpisode(gym.Wrapper):
 def make_policy_env(task, args, seed):
     """The environment as the policy sees it: with a time limit, and actions in [-1, 1]."""
     if multiprocessing.parent_process() and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it dies with the learner
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: dies with a killed learner
     env = gym.wrappers.TimeLimit(make_env(task, args, seed), args.episode_length)
     env = CheckedEpisode(gym.wrappers.RescaleAction(env, -1, 1))
     env.task = task
@@ -547,8 +547,7 @@ def make_policy_env(task, args, seed):
 
 def make_envs(args, seed):
     """E environments of each task, ordered by task, each in a process of its own."""
-    copies = range(args.envs_per_task)
-    makers = [partial(make_policy_env, task, args, seed + e) for task in args.tasks for e in copies]
+    makers = [partial(make_policy_env, task, args, seed + e) for task in args.tasks for e in range(args.envs_per_task)]
     print(f"starting environments: {len(makers)}", flush=True)
     return gym.vector.AsyncVectorEnv(makers, context="fork", autoreset_mode="SameStep")
 
@@ -557,8 +556,9 @@ def evaluate(args, act, envs):
     """Run --eval-episodes episodes of each task, equally many in each of its environments. act: obs -> actions, routes.
     Prints and returns, (T,) each: success, return, and modules_used, the mean depth over all steps."""
     T = len(args.tasks)
-    share = math.ceil(args.eval_episodes / args.envs_per_task)
-    sums = np.zeros((envs.num_envs, 3))  # of the summaries
+    E = args.envs_per_task
+    share = math.ceil(args.eval_episodes / E)
+    sums = np.zeros((T * E, 3))  # of the summaries
     depths = []
     obs, _ = envs.reset()
     while sums[:, 2].min() < share:
@@ -567,13 +567,12 @@ def evaluate(args, act, envs):
         obs, _, terminated, truncated, infos = envs.step(action.cpu().numpy())
         for i in np.flatnonzero((terminated | truncated) & (sums[:, 2] < share)):
             sums[i] += infos["final_info"]["summary"][i]
-    success, total, _ = (sums / share).reshape(T, -1, 3).mean(1).T
-    depth = np.mean(depths, axis=0).reshape(T, -1).mean(1)
-    table = np.stack([success, total, depth], axis=1)
-    for name, row in zip([*args.tasks, f"mean ({share} episodes each)"], [*table, table.mean(0)]):
-        text = "success {:.2f}, return {:.1f}, modules used {:.1f}".format(*row)
-        print(f"{name}: {text.removeprefix('success nan, ')}", flush=True)  # nan: none is reported
-    return {"success": success, "return": total, "modules_used": depth}
+    success, returns, _ = (sums / share).reshape(T, E, 3).mean(1).T
+    depth = np.mean(depths, axis=0).reshape(T, E).mean(1)
+    table = np.stack([success, returns, depth], axis=1)
+    for name, row in zip([*args.tasks, f"mean ({share * E} episodes each)"], [*table, table.mean(0)]):
+        print("{}: success {:.2f}, return {:.1f}, modules used {:.1f}".format(name, *row), flush=True)
+    return {"success": success, "return": returns, "modules_used": depth}
 
 
 # -------------------------------------------------------------------------------------------------- log and checkpoints
@@ -619,7 +618,7 @@ class Log:
         self.columns = self.columns or [*row]
         row = {name: value for name, value in row.items() if not math.isnan(value)}
         with open(self.csv, "a") as file:
-            writer = csv.DictWriter(file, self.columns, lineterminator="\n")  # ValueError: a metric was added since
+            writer = csv.DictWriter(file, self.columns, lineterminator="\n")  # raises if one is new
             if file.tell() == 0:
                 writer.writeheader()
             writer.writerow({name: f"{value:.9g}" for name, value in row.items()})
@@ -674,8 +673,8 @@ def load_policy(path):
 
 # ------------------------------------------------------------------------------------------------------- training loop
 class CUDAGraph:
-    """Calls a function of tensors of constant shapes. On a GPU launching its small kernels takes most of the time, 90
-    ms for an update of MT10 on an H100. After three calls they are captured as a graph, which takes 5 ms. It overwrites
+    """Calls a function of tensors of constant shapes. On a GPU launching small kernels takes most of the time, 90 ms
+    for an update of MT10 on an H100; after three calls they are captured as a graph, which takes 5 ms. It overwrites
     its outputs at each call. What is no tensor operation, such as .item() or NumPy's random numbers, is frozen."""
 
     def __init__(self, function):
@@ -705,7 +704,7 @@ class CUDAGraph:
 
 def main():
     """Train. A run may be killed at any time. The same command continues it from its last checkpoint, which holds the
-    networks, the optimizer, the replay buffer and progress.csv: at most --checkpoint-minutes are lost (before the first
+    networks, the optimizer, the replay buffer and progress.csv: about --checkpoint-minutes are lost (before the first
     checkpoint, everything). Episodes begin anew, with other goals and noise."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C kills without tracebacks of all processes
     args = tyro.cli(Args)
@@ -733,7 +732,7 @@ def main():
         replay.added = saved["added"]
     if args.compile:
         for network in (agent.actor, *agent.critics, *agent.target_critics):
-            network.compile(dynamic=False, options={"fallback_random": True})  # same noise
+            network.compile(dynamic=False, options={"fallback_random": True})  # eager noise
     act = CUDAGraph(agent.act)
     act_deterministically = CUDAGraph(partial(agent.act, deterministic=True))
     update = CUDAGraph(agent.update)
@@ -761,12 +760,13 @@ def main():
         obs = next_obs
         step += E
 
-        # Evaluate and log. The remainder is smaller than E just after a multiple of log_every.
+        # Evaluate and log. The remainder is smaller than E just after a multiple.
         finished = step >= args.steps
-        if finished or step % args.eval_every < E:
+        evaluating = finished or step % args.eval_every < E
+        if evaluating:
             metrics = metrics | evaluate(args, act_deterministically, envs)
             obs, _ = envs.reset()  # begin new episodes
-        if updates > 0 and ("success" in metrics or step % args.log_every < E):
+        if updates > 0 and (evaluating or step % args.log_every < E):
             log.write(step, updates, metrics)
 
         # Save

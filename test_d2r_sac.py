@@ -591,10 +591,8 @@ def test_evaluation_by_hand(monkeypatch, capsys):
     assert results["return"].tolist() == pytest.approx([(2 + 9 + 3) / 3, (1 + 1 + 9) / 3])
     assert results["modules_used"].tolist() == pytest.approx([5 / 3, 1])
     out = capsys.readouterr().out
-    assert out.endswith(
-        "a: success 0.33, return 4.7, modules used 1.7\nb: return 3.7, modules used 1.0\n"
-        "mean (2 episodes each): return 4.2, modules used 1.3\n"
-    )
+    assert "a: success 0.33, return 4.7, modules used 1.7\nb: success nan, return 3.7, modules used 1.0\n" in out
+    assert out.endswith("mean (6 episodes each): success nan, return 4.2, modules used 1.3\n")
 
 
 # -------------------------------------------------------------------------------------------------------- end to end
