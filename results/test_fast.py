@@ -8,18 +8,10 @@ import pytest
 import torch
 
 import d2r_sac as d2r
-from test_d2r_sac import (
-    MODULES,
-    SIZES,
-    TWO_TASKS,
-    check_gradients,
-    checkpoint,
-    close,
-    main,
-    pendulums,  # noqa: F401, a fixture
-    small_agent,
-    tiny_network,
-)
+import test_d2r_sac as tests
+from test_d2r_sac import close, main, small_agent
+
+pendulums = tests.pendulums  # a fixture
 
 
 @pytest.fixture
@@ -30,8 +22,10 @@ def swapped(monkeypatch):
 
 d2r_agent = fast.PLAIN[1]
 FORMS = ["skipping", "static", "compiled"]
-CASES = [(name, size, form) for name in MODULES for size in SIZES for form in FORMS[:2]]
-CASES += [("as it is", size, "compiled") for size in SIZES] + [(name, SIZES[0], "compiled") for name in MODULES]
+CASES = [(name, size, form) for name in tests.MODULES for size in tests.SIZES for form in FORMS[:2]]
+CASES += [("as it is", size, "compiled") for size in tests.SIZES] + [
+    (name, tests.SIZES[0], "compiled") for name in tests.MODULES
+]
 
 
 @pytest.mark.parametrize(("name", "size", "form"), dict.fromkeys(CASES), ids=str)
@@ -42,7 +36,7 @@ def test_gradients_by_hand(name, size, form, monkeypatch):
 
     compiled = lambda network: torch.compile(network.run_modules, backend="aot_eager", dynamic=False, fullgraph=True)
     plain = lambda network: network.run_modules
-    check_gradients(name, size, monkeypatch, compiled if form == "compiled" else plain, fast.FastNetwork)
+    tests.check_gradients(name, size, monkeypatch, compiled if form == "compiled" else plain, fast.FastNetwork)
 
 
 SWITCHES = [{}, {"resrouting": False}, {"route_balancing": False}, {"sample_k": False}, {"top_k": 1}, {"top_k": 4}]
@@ -81,7 +75,7 @@ def test_whole_updates(options, form, monkeypatch):
 
 def test_modules_are_computed_for_the_samples_that_use_them(swapped):
     """Forward hooks see each module called with as many rows as samples use it; what nobody uses may be broken."""
-    network, inputs, task, rows = tiny_network(8), torch.randn(40, 3), torch.zeros(40, dtype=torch.long), {}
+    network, inputs, task, rows = tests.tiny_network(8), torch.randn(40, 3), torch.zeros(40, dtype=torch.long), {}
     for i, module in enumerate(network.base_modules):
         module.register_forward_hook(lambda module, inputs, output, i=i: rows.update({i: len(inputs[0])}))
     _, routes = network(inputs, task, temperature=torch.full((2,), 5.0))
@@ -102,7 +96,7 @@ def test_modules_are_computed_for_the_samples_that_use_them(swapped):
 
 def test_what_is_compiled_can_be_fused(swapped):
     """embedding_bag cannot: with it a compiled forward pass has twice as many kernels."""
-    graphs, network = [], tiny_network(5)
+    graphs, network = [], tests.tiny_network(5)
     backend = lambda graph, _: graphs.append(graph.print_readable(print_output=False)) or graph
     torch.compile(network, backend=backend, dynamic=False)(torch.randn(6, 3), torch.zeros(6, dtype=torch.long))
     assert graphs[0].count("functional.embedding(") == 10 and "embedding_bag" not in graphs[0]  # forward and backward
@@ -123,10 +117,10 @@ def test_it_refuses_to_train_what_was_changed_in_the_other_file_only(swapped, mo
     assert (d2r.D2RNetwork, d2r.Agent) == (fast.FastNetwork, fast.FastAgent)
 
 
-def test_a_run_with_fast_networks(tmp_path, pendulums, swapped):  # noqa: F811
+def test_a_run_with_fast_networks(tmp_path, pendulums, swapped):
     """It may continue one of d2r_sac.py."""
-    options = [*TWO_TASKS.split(), "--run-dir", tmp_path / "run", "--device", "cpu"]
+    options = [*tests.TWO_TASKS.split(), "--run-dir", tmp_path / "run", "--device", "cpu"]
     assert main(*options, "--steps", 30, function=lambda: (fast.install(), d2r.main())[1]) == 0
     d2r.D2RNetwork, d2r.Agent = fast.PLAIN
     assert main(*options, "--steps", 40) == 0
-    assert checkpoint(tmp_path / "run")["updates"] == 20
+    assert tests.checkpoint(tmp_path / "run")["updates"] == 20

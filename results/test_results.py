@@ -6,14 +6,11 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import os
 import re
 import shlex
-import signal
 import subprocess
 import types
 from pathlib import Path
-from unittest import mock
 
 import ablation
 import evaluate
@@ -59,14 +56,6 @@ def test_an_update_takes_few_operations(monkeypatch):
     with Operations() as count:
         agent.update(*batch, terminated, routes)
     assert 1900 < count.number <= 2650
-
-
-@pytest.fixture(autouse=True)
-def signal_handlers():
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield  # ablation.py and training replace them
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -161,18 +150,6 @@ def test_plots(tmp_path):
         plot.read(tmp_path / "none")
 
 
-def test_pictures_never_replace_what_is_tracked(tmp_path):
-    git = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=b"]
-    subprocess.run([*git[:3], "init", "-q"], check=True)
-    for name in ("kept", "mine"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "args.json").touch()
-    subprocess.run([*git, "add", "kept"], check=True)
-    assert plot.directory(tmp_path / "mine", None) == tmp_path / "mine"
-    assert plot.directory(tmp_path / "kept", None) == tmp_path / "kept-pictures"
-    assert plot.directory(tmp_path / "kept", tmp_path / "kept") == tmp_path / "kept"
-
-
 def test_ablation(tmp_path, monkeypatch, capsys):
     """Starts and continues runs, but no finished ones; a table of these, checked by hand."""
     commands, runs = [], tmp_path / "comparison"
@@ -214,17 +191,6 @@ def test_ablation(tmp_path, monkeypatch, capsys):
     assert "\n| d2r | 2 | 0.25 (0.10 to 0.40) | 0.21 (0.08 to 0.33) | 4.0 | 0.75 |\n" in out
     assert "\n| k3 | 1 | 0.90 (0.90 to 0.90) |" in out and (tmp_path / "curves.png").exists()
     assert main("--variant", "none", function=command(ablation)) == 1
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ablation_stops(tmp_path, monkeypatch, capsys, number):
-    """A signal ends all runs, and starts no other."""
-    process = mock.Mock(poll=lambda: os.kill(os.getpid(), number))
-    monkeypatch.setattr(ablation.subprocess, "Popen", mock.Mock(return_value=process))
-    monkeypatch.setattr(ablation, "HERE", tmp_path)
-    assert main("--jobs", "2", function=command(ablation)) == 1
-    assert ablation.subprocess.Popen.call_count == process.kill.call_count == 2
-    assert capsys.readouterr().err == "the same command continues\n"
 
 
 @pytest.mark.parametrize("benchmark", ["ablation", "comparison"])
