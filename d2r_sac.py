@@ -4,41 +4,40 @@
     pip install -r requirements.txt
     python d2r_sac.py --env-id MT10
 
-One policy for many tasks. Its network has M base modules and a head. For every state and task a routing network chooses
-which earlier modules, its sources, each module reads. A module from which no path leads to the head is not used, so an
-easy task can take few modules, and a hard one many. He et al., "Not All Tasks Are Equally Difficult: Multi-Task Deep
-Reinforcement Learning with Dynamic Depth Routing", AAAI 2024, arXiv:2312.14472, code: github.com/DarkDawn233/D2R_MTRL.
-
-    state -> h,  task -> e,  h * e -> router -> logits -> routes: the K sources of each module, and of the head
-    h -> module 0 -> modules 1 ... M-1, each reads a weighted sum of its sources -> head -> action, or Q-value
+One policy for many tasks. Its network has M base modules and a head. Each module reads the outputs of K earlier ones,
+its sources. A routing network chooses the sources for every state and task. A module from which no path leads to the
+head has no effect, so an easy task can use few modules, and a hard one many. Paper: He et al., "Not All Tasks Are
+Equally Difficult: Multi-Task Deep Reinforcement Learning with Dynamic Depth Routing", AAAI 2024, arXiv:2312.14472. The
+authors' code: github.com/DarkDawn233/D2R_MTRL.
 
     T  tasks                                 B  samples; in an update T * batch_size, ordered by task
     E  environments of each task             M  modules, numbered 0 ... M-1; the head counts as module M
     H  width of a module                     K  sources of a module; edge (i, j): module i reads module j
 
-Module i makes f_i of what it reads, x_i, and hands on o_i = f_i + x_i, as in a residual network. Module 0 reads h. An
-example with M = 3 and K = 2, for one sample:
+Module i reads x_i, a weighted sum of its sources' outputs. It computes f_i, and its output is o_i = f_i + x_i, as in a
+residual network. Module 0 is the exception: it reads the embedding h of the state, which has another width, so that
+there is no shortcut: x_0 = 0. An example with M = 3 and K = 2, for one sample:
 
     routes = [[0, 0],    row 0, of module 1: it can only read module 0; a source named twice counts once
               [1, 0],    row 1, of module 2: it reads modules 1 and 0
-              [1, 0]]    row 2, of the head: it reads modules 1 and 0, so module 2 is not used, and the depth is 2
+              [1, 0]]    row 2, of the head: it reads modules 1 and 0; module 2 has no effect, so the depth is 2
 
     x_0 = 0                        f_0 = relu(W_0 relu(h) + b_0)
     x_1 = o_0                      f_1 = relu(W_1 x_1 + b_1)
     x_2 = w_21 o_1 + w_20 o_0      f_2 = relu(W_2 x_2 + b_2)
     x_3 = w_31 o_1 + w_30 o_0      output = W_3 x_3 + b_3
 
-Row r of logits (B, M, M) and routes (B, M, K) is that of module r + 1. A logit of -inf forbids an edge. In general:
+In general, row r of logits (B, M, M) and routes (B, M, K) belongs to module r + 1, and a logit of -inf forbids an edge:
 
     concept              formula                                                           code
     routing network      z = router(h * e), h = encoder(inputs), e = encoder(task)         RoutingNetwork
     Top-K                module i reads the K sources j with the largest logits z_ij       top_k
     Sample-K             K draws without replacement from softmax_j(z_ij / temperature)    sample_k
     routing weights      w_ij = softmax of z_ij over the K chosen sources                  routing_weights
-    probabilities        p_ij = softmax of z_ij over all allowed sources, for ResRouting   gradient_kept
-    ResRouting           if p_ij is low, module i's layer sends no gradient to f_j         mix_sources
+    probabilities        p_ij = softmax of z_ij over all sources that module i may choose  gradient_kept
+    ResRouting           if p_ij is low, the gradient from f_i does not enter f_j          mix_sources
     wiring               x_i = sum_j w_ij o_j, f_i = relu(W_i x_i + b_i), o_i = f_i + x_i  D2RNetwork
-    depth                how many modules lead to the head (not the length of a path)      used_modules
+    depth                the number of modules from which a path leads to the head         used_modules
     routing granularity  the sources that a module may choose from                         allowed_sources
     soft actor-critic    its losses; each task has an entropy coefficient alpha            Agent
     task weights         T softmax(-log alpha), with mean 1, multiply the tasks' losses    Agent.task_weights
@@ -46,13 +45,13 @@ Row r of logits (B, M, M) and routes (B, M, K) is that of module r + 1. A logit 
 
 Choosing is not differentiable: the router learns through the weights of the sources that were chosen. Nothing rewards
 a short route. That easy tasks end up with fewer modules is an empirical claim of the paper, which our runs do not show.
-All modules are computed here; results/fast.py skips the unused ones and trains in half the time.
+All modules are computed here. results/fast.py skips those without effect, and trains in half the time.
 
-What to expect: train_return rises, alpha falls, skipped stays 0. The defaults are the paper's; they take hours on a GPU
+What to expect: train_return rises, alpha falls, skipped stays 0. The defaults are the paper's. They take hours on a GPU
 and days on a CPU, and we have not run them to the end. For short runs add --learning-rate 1e-3 --initial-alpha 0.003
---alpha-learning-rate 1e-5 --learning-starts 1000: MT10 reached a success rate of 0.5 after 50,000 steps of each task,
-four minutes on an H100. On a CPU begin with README's three tasks, half an hour; results/evaluate.py evaluates a policy.
-`# NOTE:` marks where this file, the paper and the authors' code differ.
+--alpha-learning-rate 1e-5 --learning-starts 1000 (which keeps the alphas nearly equal, and so the temperatures): MT10
+reached a success rate of 0.5 after 50,000 steps of each task, four minutes on an H100. On a CPU begin with the three
+tasks in README, half an hour. `# NOTE:` marks where this file, the paper and the authors' code differ.
 """
 
 import copy
@@ -83,10 +82,10 @@ from torch import nn
 class Args:
     """Dynamic Depth Routing (D2R) with multi-task SAC. The defaults are the paper's for MT10."""
 
-    env_id: str = "MT10"  # MT10, MT25, MT50, or Meta-World V3 tasks (reach-v3,drawer-close-v3)
-    goals: Literal["random", "fixed"] = "random"  # in each episode one of 50, or always the same
+    env_id: str = "MT10"  # MT10, MT25, MT50, or tasks of Meta-World V3, such as reach-v3,drawer-close-v3
+    goals: Literal["random", "fixed"] = "random"  # in an episode one of 50, or always the same
     episode_length: int = 200  # time limit of an episode, in steps, at most 500
-    envs_per_task: int = 1  # environments of each task (E); one update follows a step of all
+    envs_per_task: int = 1  # environments of each task (E); there is one update per step of all of them
     # Budgets of each task
     steps: int = 1_500_000  # environment steps of each task (the paper on MT50: 1_000_000)
     buffer_size: int = 100_000  # transitions of each task in the replay buffer (MT50: 200_000)
@@ -101,7 +100,7 @@ class Args:
     encoder_widths: tuple[int, ...] = (400, 400)  # the last is the task encoder's, too
     router_widths: tuple[int, ...] = (256, 256)  # hidden layers of the router
     resrouting: bool = True  # ResRouting; without it gradients reach all chosen modules
-    route_balancing: bool = True  # a temperature for each task; without it all have temperature 1
+    route_balancing: bool = True  # a temperature for each task; without it all are 1
     sample_k: bool = True  # Sample-K in acting and in the critics' loss; without it Top-K
     # Soft actor-critic
     gamma: float = 0.99  # discount factor
@@ -116,7 +115,7 @@ class Args:
     seed: int = 1  # seed of the networks, the sampling and the goals
     run_dir: str = ""  # directory of the results; by default such as results/MT10-random-seed1
     eval_every: int = 15_000  # steps of each task between evaluations
-    eval_episodes: int = 32  # of each task; they add 43 % of steps, not counted
+    eval_episodes: int = 32  # of each task; 32 x 200 steps, not counted, per 15,000
     log_every: int = 1_000  # steps of each task between rows of progress.csv
     checkpoint_minutes: float = 5.0  # minutes between checkpoints (on MT10 0.4 GB, on MT50 4 GB)
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu or cuda
@@ -141,7 +140,7 @@ class Args:
 #     output, routes = network(states, task, temperature=torch.ones(10))  # Sample-K
 # ----------------------------------------------------------------------------------------------------- routing network
 def init(layer):
-    bound = layer.out_features**-0.5  # NOTE: as in the authors' code; usual is in_features**-0.5.
+    bound = layer.out_features**-0.5  # NOTE: as in the authors' code; usual is in_features**-0.5
     nn.init.uniform_(layer.weight, -bound, bound)
     nn.init.constant_(layer.bias, 0.1)
     return layer
@@ -163,14 +162,12 @@ class RoutingNetwork(nn.Module):
         self.M = len(allowed)
         self.obs_encoder = mlp((input_dim, *encoder_widths))
         self.task_encoder = init(nn.Linear(num_tasks, encoder_widths[-1]))
-        # NOTE: the router's last layer is initialised like its hidden ones, as in the authors' code.
         self.router = mlp((encoder_widths[-1], *router_widths, int(allowed.sum())))
         self.register_buffer("one_hot", torch.eye(num_tasks), persistent=False)
-        self.register_buffer("edges", allowed.flatten().nonzero().squeeze(1), persistent=False)  # in M * M
+        self.register_buffer("edges", allowed.flatten().nonzero().squeeze(1), persistent=False)  # i * M + j
 
     def forward(self, inputs, task):
-        """inputs (B, input_dim), task (B,) indices -> h (B, encoder_widths[-1]), logits (B, M, M).
-        NOTE: neither embedding has an activation, as in the authors' code. Module 0 will read relu(h)."""
+        """inputs (B, input_dim), task (B,) indices -> h (B, encoder_widths[-1]), logits (B, M, M)."""
         h = self.obs_encoder(inputs)
         e = self.task_encoder(self.one_hot[task])
         z = self.router(h * e)  # (B, number of allowed edges)
@@ -186,17 +183,17 @@ def top_k(logits, K):
 
 
 def sample_k(logits, K):
-    """K draws without replacement from the softmax of each row: (B, M, M) -> routes (B, M, K). An untrained router's
-    logits hardly depend on the state: Top-K would choose the same sources everywhere, and never try the others.
-    The K largest of logits plus Gumbel noise are such draws (Kool et al., ICML 2019)."""
+    """K draws without replacement from the softmax of each row: (B, M, M) -> routes (B, M, K).
+    The K largest of logits plus Gumbel noise are such draws (Kool et al., ICML 2019). With Top-K an untrained router,
+    whose logits hardly depend on the state, would choose the same sources everywhere, and never try the others."""
     uniform = torch.rand_like(logits).clamp_(min=torch.finfo(logits.dtype).tiny)  # so that logs are finite
     gumbel = -(-uniform.log()).log()
     return top_k(logits + gumbel, K)
 
 
 def routing_weights(logits, routes):
-    """Softmax of the logits over the chosen sources: (B, M, M), (B, M, K) -> (B, M, K). If sources 1, 2 are chosen from
-    z = 2, 1, 0, w = 0.73, 0.27. Sample-K's temperature changes which sources are tried, not how they are mixed."""
+    """Softmax of the logits over the chosen sources: (B, M, M), (B, M, K) -> (B, M, K).
+    Sample-K's temperature plays no part here: it changes which sources are tried, not how they are mixed."""
     named_before = [(routes[..., :k] == routes[..., k, None]).any(-1) for k in range(routes.shape[-1])]
     z = logits.gather(-1, routes).masked_fill(torch.stack(named_before, dim=-1), -torch.inf)
     return z.softmax(-1)
@@ -238,30 +235,32 @@ class BaseModule(nn.Linear):
 
 def gradient_kept(logits):
     """ResRouting, part 1: the edges that the current router finds likely. (B, M, M) -> (B, M, M) bool.
-    Edge (i, j) is likely if p_ij > 1 / (J + 1) (NOTE: a threshold of the authors' code). p_ij is the softmax over all J
-    sources that module i may choose from, not only over the chosen ones, and at temperature 1. With J = 3 and z = 2, 1,
-    0, p = 0.67, 0.24, 0.09 and only the first is likely. Before training p is about 1 / J, and most edges are."""
+    Edge (i, j) is likely if p_ij > 1 / (J + 1). p_ij is the softmax, at temperature 1, over all J sources that module i
+    may choose, not only over the chosen ones. With p = 0.6, 0.3, 0.1 the first two are likely. An untrained router has
+    about p = 1 / J, slightly above the threshold, so most edges are likely at first.
+    NOTE: the threshold is that of the authors' code."""
     J = (logits > -torch.inf).sum(-1, keepdim=True, dtype=logits.dtype)
     return logits.softmax(-1) > 1 / (J + 1)
 
 
 def mix_sources(f, x, w, kept):
-    """ResRouting, part 2: mix the outputs o_j = f_j + x_j of module i's K sources. f, x (B, K, H); w, kept (B, K).
-    Returns two sums of the same value, sum_j w_ij o_j, (B, H): the input of module i's layer, and its shortcut x_i.
-    Only one way of the gradient is cut, from module i's layer, over an edge that is not kept, to f_j:
+    """ResRouting, part 2: mix the outputs f_j + x_j of module i's K sources. f, x (B, K, H); w, kept (B, K).
+    Returns the weighted sum twice, (B, H): as the input from which module i computes f_i, and as its shortcut x_i.
 
-        gradient of                      to w_ij    to x_j    to f_j
-        the input of module i's layer    yes        yes       only if edge (i, j) is kept
-        its shortcut x_i                 yes        yes       yes
+    Forward, ResRouting changes nothing. Backward, the gradient from f_i does not enter f_j over an edge not kept:
+
+        a gradient from     reaches w_ij    reaches x_j    reaches f_j
+        f_i                 yes             yes            only if edge (i, j) is kept
+        the shortcut x_i    yes             yes            yes
 
     Why: the actor learns on replayed routes, which an older policy chose. Suppose that module 9 read modules 3 and 5,
     and that the router has since learned to avoid both, with p = 0.01 each. The weights are a softmax over only these
-    two, about 0.5 each, so modules 3 and 5 would learn at full strength to serve a reader that they will hardly ever
-    serve again. (One unlikely source beside a likely one has a small weight anyway.) With the cut the gradient goes the
-    residual way, through x_3 and x_5 to what modules 3 and 5 read. The router still learns, through w.
+    two, so they are about 0.5 each. Modules 3 and 5 would get full gradients from a reader that they will hardly ever
+    serve again. Instead this gradient goes through x_3 and x_5 to earlier modules. It takes the residual way, hence the
+    name. (If only one of the two sources were unlikely, its weight would be small anyway.)
 
-    What is not cut: module 9 hands on x_9, too. The gradient that comes back this way, from the readers of module 9,
-    does train f_3 and f_5 (NOTE: as in the authors' code). The head has no shortcut, so there the cut is complete."""
+    What remains: modules 3 and 5 still learn from their other readers, and also from the readers of module 9, whose
+    output f_9 + x_9 contains theirs. NOTE: this is so in the authors' code. The head has no shortcut."""
     w = w[..., None]  # (B, K, 1)
     f_kept = torch.where(kept[..., None], f, f.detach())
     layer_input = (w * (f_kept + x)).sum(1)
@@ -305,7 +304,7 @@ class D2RNetwork(nn.Module):
         b = torch.arange(len(h), device=h.device)[:, None]  # (B, 1), the samples
         f = [self.base_modules[0](F.relu(h))]  # (B, H), of each module so far
         x = [torch.zeros_like(f[0])]
-        for row, reader in enumerate([*self.base_modules[1:], self.head]):  # also the unused
+        for row, reader in enumerate([*self.base_modules[1:], self.head]):  # module row + 1
             j = routes[:, row]  # (B, K), the reader's sources
             f_j = torch.stack(f, dim=1)[b, j]  # (B, K, H)
             x_j = torch.stack(x, dim=1)[b, j]
@@ -343,12 +342,12 @@ class Agent(nn.Module):
 
         pass                                      routes             because
         actor, acting in training                 Sample-K, stored   it also has to try what does not look best
-        actor, its loss on replayed states        the stored ones    what was tried has to be trained, at the current
-                                                                     weights, or Top-K would never come to prefer it
-        critics, their loss on replayed actions   Sample-K           for the same reasons, with routes of their own
-        critics, within the actor's loss          Top-K              they only judge, and are not trained
-        actor and target critics, for the target  Top-K              nothing is trained, and the target has less noise
-        actor, acting in an evaluation            Top-K              it does not have to try anything
+        actor, its loss on replayed states        the stored ones    it learns about the routes that it has tried,
+                                                                     with w from the current logits
+        critics, their loss on replayed actions   Sample-K           they have to try routes of their own
+        critics, within the actor's loss          Top-K              they judge as well as they can
+        actor and target critics, for the target  Top-K              likewise, so the target has less noise
+        actor, acting in an evaluation            Top-K              it acts as well as it can
     """
 
     def __init__(self, obs_dim, action_dim, num_tasks, args, device="cpu"):
@@ -367,16 +366,15 @@ class Agent(nn.Module):
 
     def task_weights(self):
         """T softmax(-log alpha) = (1 / alpha) / mean(1 / alpha), (T,). They multiply the actor's and critics' losses.
+        With alphas of 1 and 0.1 two tasks weigh 0.18 and 1.82. The paper's premise, if all alphas start equal:
 
-            a task is    its policy is          its entropy is    so its alpha    so its weight and temperature
-            unsolved     random                 above target      falls           rise: more training, more routes
-            mastered     nearly deterministic   below target      rises again     fall: its routes settle
-
-        This is the paper's premise. With alphas of 1 and 0.1 two tasks weigh 0.18 and 1.82."""
+            task        policy                  entropy            alpha           weight and temperature
+            unsolved    random                  above the target   falls           rise: more training and exploration
+            mastered    nearly deterministic    below the target   rises again     fall: its routes settle"""
         return len(self.log_alpha) * (-self.log_alpha.detach()).softmax(0)
 
     def temperature(self):
-        """Route balancing: each task's temperature of Sample-K, (T,), is its weight, see there. None is for Top-K."""
+        """Route balancing: each task's temperature of Sample-K, (T,), is its weight. None stands for Top-K."""
         if not self.args.sample_k:
             return None
         weights = self.task_weights()
@@ -417,11 +415,11 @@ class Agent(nn.Module):
     def actor_loss(self, obs, routes, task):
         """alpha log pi(a|s) - min_c Q_c(s, a), mean of each task, (T,), and log pi(a|s), (T, B / T)."""
         action, log_prob = sample_action(self.actor(obs, task, routes=routes)[0])
-        # The gradient passes through the critics, but does not train them. What a user has frozen stays frozen.
+        # The gradient passes through the critics, but does not train them. What was frozen before stays frozen.
         trained = [p for p in self.critics.parameters() if p.requires_grad]
         for p in trained:
             p.requires_grad_(False)
-        # NOTE: ResRouting also applies here, as in the authors' code: dQ/da ignores what blocked edges cut.
+        # NOTE: ResRouting also applies in here, as in the authors' code, so it changes the gradient of the action.
         q = self.q(self.critics, obs, action, task).amin(0)
         for p in trained:
             p.requires_grad_(True)
@@ -439,15 +437,16 @@ class Agent(nn.Module):
         losses = {"critic_loss": weight * critic_loss, "actor_loss": weight * actor_loss}
         losses["alpha_loss"] = -self.log_alpha * (log_prob.detach() + self.target_entropy).mean(-1)
         total = sum(losses.values())
-        skipped = total > self.args.max_task_loss  # NOTE: in the authors' code, as in PaCo (NeurIPS 2022)
-        # NOTE: all step together, as in the authors' code; often the critics step first. No two train one parameter.
+        skipped = total > self.args.max_task_loss  # NOTE: not in the paper, but in its code
+        # Each loss trains its own parameters, so one backward pass serves all. NOTE: all step at once, as in the
+        # authors' code; often the critics step first.
         self.optimizer.zero_grad()
         torch.where(skipped, 0.0, total).mean().backward()
         for group in self.optimizer.param_groups:
             nn.utils.clip_grad_norm_(group["params"], self.args.max_grad_norm)
         self.optimizer.step()
         with torch.no_grad():
-            self.log_alpha.clamp_(max=0)  # NOTE: only in the authors' code.
+            self.log_alpha.clamp_(max=0)  # NOTE: not in the paper, but in its code
             for target, critic in zip(self.target_critics.parameters(), self.critics.parameters()):
                 target.lerp_(critic, self.args.tau)
         metrics = losses | {"skipped": skipped.float(), "alpha": self.log_alpha.exp()}
@@ -513,7 +512,7 @@ def make_env(task, args, seed):
 
 class CheckedEpisode(gym.Wrapper):
     """Raises FloatingPointError if a number is not finite. Adds info["summary"] (3,): success of the episode so far (in
-    any step; nan if none is reported), its return, and 1, so that a sum of summaries also counts them."""
+    any step; nan if none is reported), its return, and a 1: in a sum of summaries it counts the episodes."""
 
     def reset(self, **options):
         obs, info = self.env.reset(**options)
@@ -732,7 +731,7 @@ def main():
         replay.added = saved["added"]
     if args.compile:
         for network in (agent.actor, *agent.critics, *agent.target_critics):
-            network.compile(dynamic=False, options={"fallback_random": True})  # eager noise
+            network.compile(dynamic=False, options={"fallback_random": True})  # same noise
     act = CUDAGraph(agent.act)
     act_deterministically = CUDAGraph(partial(agent.act, deterministic=True))
     update = CUDAGraph(agent.update)
@@ -760,7 +759,7 @@ def main():
         obs = next_obs
         step += E
 
-        # Evaluate and log. The remainder is smaller than E just after a multiple.
+        # Evaluate and log: once per interval. Since step advances by E, the remainder is then below E.
         finished = step >= args.steps
         evaluating = finished or step % args.eval_every < E
         if evaluating:
