@@ -43,15 +43,15 @@ In general, row r of logits (B, M, M) and routes (B, M, K) belongs to module r +
     task weights         T softmax(-log alpha), with mean 1, multiply the tasks' losses    Agent.task_weights
     route balancing      a task's weight is also its temperature in Sample-K               Agent.temperature
 
-Choosing is not differentiable: the router learns through the weights of the sources that were chosen. Nothing rewards
-a short route. That easy tasks end up with fewer modules is an empirical claim of the paper, which our runs do not show.
-All modules are computed here. results/fast.py skips those without effect, and trains in half the time.
+Choosing is not differentiable: the router learns only through the weights of the sources that were chosen. Nothing
+rewards a short route. That easy tasks end up with fewer modules is an empirical claim of the paper, which our runs do
+not show. All modules are computed here; results/fast.py skips those without effect and takes half the time.
 
 What to expect: train_return rises, alpha falls, skipped stays 0. The defaults are the paper's. They take hours on a GPU
 and days on a CPU, and we have not run them to the end. For short runs add --learning-rate 1e-3 --initial-alpha 0.003
 --alpha-learning-rate 1e-5 --learning-starts 1000 (which keeps the alphas nearly equal, and so the temperatures): MT10
-reached a success rate of 0.5 after 50,000 steps of each task, four minutes on an H100. On a CPU begin with the three
-tasks in README, half an hour. `# NOTE:` marks where this file, the paper and the authors' code differ.
+reached a success rate of 0.5 after 50,000 steps of each task, four minutes of fast.py --compile on an H100. On a CPU
+begin with README's three tasks. `# NOTE:` marks where this file, the paper and the authors' code differ.
 """
 
 import copy
@@ -93,7 +93,7 @@ class Args:
     learning_starts: int = 4_000  # environment steps of each task before the first update
     # Networks and routing
     num_modules: int = 16  # base modules of a network (M)
-    top_k: int = 2  # sources of a module (K); for soft routing, as many as num_modules
+    top_k: int = 2  # sources of a module (K); with 1 the router learns nothing; num_modules: all
     routing: Literal["module", "layer", "model"] = "module"  # see allowed_sources
     parallel_modules: int = 4  # modules in a layer, or number of chains (P), for layer and model
     module_width: int = 128  # width of a base module (H)
@@ -164,7 +164,7 @@ class RoutingNetwork(nn.Module):
         self.task_encoder = init(nn.Linear(num_tasks, encoder_widths[-1]))
         self.router = mlp((encoder_widths[-1], *router_widths, int(allowed.sum())))
         self.register_buffer("one_hot", torch.eye(num_tasks), persistent=False)
-        self.register_buffer("edges", allowed.flatten().nonzero().squeeze(1), persistent=False)  # i * M + j
+        self.register_buffer("edges", allowed.flatten().nonzero().squeeze(1), persistent=False)  # row * M + j
 
     def forward(self, inputs, task):
         """inputs (B, input_dim), task (B,) indices -> h (B, encoder_widths[-1]), logits (B, M, M)."""
@@ -202,7 +202,7 @@ def routing_weights(logits, routes):
 def allowed_sources(M, routing, P):
     """Routing granularity: (M, M) bool, the sources that each row's module, or the head, may choose from. module: all
     earlier modules. layer: the P modules of the layer before. model: there are P chains, and only the head chooses,
-    among their ends. The first P modules all read module 0. With M = 6 and P = 2:
+    among their ends. Modules 1 ... P-1 can only read module 0. With M = 6 and P = 2:
 
         reader          1     2       3          4             5                head
         module          0     0 1     0 1 2      0 1 2 3       0 1 2 3 4        0 1 2 3 4 5
@@ -256,8 +256,8 @@ def mix_sources(f, x, w, kept):
     Why: the actor learns on replayed routes, which an older policy chose. Suppose that module 9 read modules 3 and 5,
     and that the router has since learned to avoid both, with p = 0.01 each. The weights are a softmax over only these
     two, so they are about 0.5 each. Modules 3 and 5 would get full gradients from a reader that they will hardly ever
-    serve again. Instead this gradient goes through x_3 and x_5 to earlier modules. It takes the residual way, hence the
-    name. (If only one of the two sources were unlikely, its weight would be small anyway.)
+    serve again. Instead this gradient goes the residual way, hence the name: through x_3 and x_5 to their sources. (If
+    only one were unlikely, its weight would be small anyway.) Routes sampled in the critics' loss have such edges, too.
 
     What remains: modules 3 and 5 still learn from their other readers, and also from the readers of module 9, whose
     output f_9 + x_9 contains theirs. NOTE: this is so in the authors' code. The head has no shortcut."""
