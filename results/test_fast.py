@@ -94,14 +94,6 @@ def test_modules_are_computed_for_the_samples_that_use_them(swapped):
         assert module.weight.grad.isfinite().all() and (module.weight.grad == 0).all() == (i in unused)
 
 
-def test_what_is_compiled_can_be_fused(swapped):
-    """embedding_bag cannot: with it a compiled forward pass has twice as many kernels."""
-    graphs, network = [], tests.tiny_network(5)
-    backend = lambda graph, _: graphs.append(graph.print_readable(print_output=False)) or graph
-    torch.compile(network, backend=backend, dynamic=False)(torch.randn(6, 3), torch.zeros(6, dtype=torch.long))
-    assert graphs[0].count("functional.embedding(") == 10 and "embedding_bag" not in graphs[0]  # forward and backward
-
-
 def test_it_refuses_to_train_what_was_changed_in_the_other_file_only(swapped, monkeypatch):
     without_resrouting = lambda f, x, w, kept: ((w[..., None] * (f + x)).sum(1),) * 2
     for owner, name, factor in ((d2r, "mix_sources", None), (d2r_agent, "critic_loss", 1.001), (d2r_agent, "q", 1.001)):

@@ -71,8 +71,7 @@ def policy(tmp_path, monkeypatch):
     return tmp_path, chosen
 
 
-def command(script):
-    return lambda: tyro.cli(script.main)
+command = lambda script: lambda: tyro.cli(script.main)
 
 
 def used_edges(route):
@@ -106,7 +105,7 @@ def test_routing_figures(policy, monkeypatch, capsys):
         assert line == f"{task}: success {success}, modules used {used} ± {np.std(depths):.1f}"
 
 
-def test_film(policy, monkeypatch, capsys):
+def test_film(policy, monkeypatch):
     """With a stand-in for OpenGL, whose pictures are as bright as MuJoCo's time."""
 
     def render(model, states, size):
@@ -119,8 +118,6 @@ def test_film(policy, monkeypatch, capsys):
         assert main(policy[0], *task, function=command(film)) == 0
         frames = imageio.imread(policy[0] / "film.gif")
         assert len(frames) == 9 and all((one != two).any() for one, two in itertools.pairwise(frames))
-    assert main(policy[0], "--task", "push-v3", function=command(film)) == 1
-    assert "the tasks of this run are reach-v3, drawer-close-v3" in capsys.readouterr().err
 
 
 def test_plots(tmp_path):
@@ -129,9 +126,6 @@ def test_plots(tmp_path):
     lines = {line.get_label(): line.get_ydata().tolist() for line in plot.plt.gca().get_lines()}
     assert lines["D2R, MT10-gpu, one seed"] == [0.185, 0.485] and [0.53] in lines.values()
     assert {*plot.PUBLISHED} < {*lines}
-    finished = filter(plot.evaluations, plot.RESULTS.glob("comparison/mt-sac-seed*/"))
-    mean = np.mean([plot.curve(plot.read(run), "success")[1] for run in finished], axis=0)
-    assert any(len(line) == 20 and np.allclose(line, mean) for line in lines.values())
     _, first_million = plot.curve(plot.read(RESULTS / "comparison/mt-sac-seed3"), "success")
     continued = lines["MT-SAC, one of them continued"]
     assert len(continued) == 21 and continued[0] == first_million[-1]
@@ -146,8 +140,6 @@ def test_plots(tmp_path):
         training, evaluations = plot.plt.gcf().axes[0].get_lines()
         assert list(evaluations.get_ydata()) == evaluated and list(training.get_ydata()) == trained
     assert {path.name for path in tmp_path.glob("*.png")} == {"mt10.png", "progress.png"}
-    with pytest.raises(SystemExit, match="none/progress.csv does not exist"):
-        plot.read(tmp_path / "none")
 
 
 def test_ablation(tmp_path, monkeypatch, capsys):
@@ -190,7 +182,6 @@ def test_ablation(tmp_path, monkeypatch, capsys):
     assert "\nnot finished: k3-seed2\n| variant | seeds | success: mean, range | area: mean, range |" in out
     assert "\n| d2r | 2 | 0.25 (0.10 to 0.40) | 0.21 (0.08 to 0.33) | 4.0 | 0.75 |\n" in out
     assert "\n| k3 | 1 | 0.90 (0.90 to 0.90) |" in out and (tmp_path / "curves.png").exists()
-    assert main("--variant", "none", function=command(ablation)) == 1
 
 
 @pytest.mark.parametrize("benchmark", ["ablation", "comparison"])
