@@ -115,7 +115,7 @@ class Args:
     seed: int = 1  # seed of the networks, the sampling and the goals
     run_dir: str = ""  # directory of the results; by default such as results/MT10-random-seed1
     eval_every: int = 15_000  # steps of each task between evaluations
-    eval_episodes: int = 32  # of each task; 32 x 200 steps, not counted, per 15,000
+    eval_episodes: int = 32  # of each task; they add 43 % of steps, uncounted
     log_every: int = 1_000  # steps of each task between rows of progress.csv
     checkpoint_minutes: float = 5.0  # minutes between checkpoints (on MT10 0.4 GB, on MT50 4 GB)
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu or cuda
@@ -656,12 +656,12 @@ def load_checkpoint(args):
     changed = changed.difference(may_change.split())
     if changed:
         sys.exit(f"error: {path} has another {', '.join(changed)}; choose another --run-dir")
-    print(f"{args.run_dir}: continues at step {saved['step']:,} of each task; delete it to start over")
+    print(f"{args.run_dir}: from step {saved['step']:,} of each task on; delete it to start over")
     return saved
 
 
 def load_policy(path):
-    """A trained actor, the names of its tasks, and the Args of its run, from an actor.pt."""
+    """A trained actor, the names of its tasks, and the Args of its run, from an actor.pt. See results/evaluate.py."""
     saved = torch.load(path, map_location="cpu")
     args = Args(**saved["args"])
     obs_dim = saved["actor"]["routing_network.obs_encoder.0.weight"].shape[1]

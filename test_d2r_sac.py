@@ -636,7 +636,7 @@ def test_the_same_command_continues(tmp_path, pendulums, monkeypatch, capsys):
     monkeypatch.setattr(d2r.Agent, "update", spied)
     capsys.readouterr()
     assert run(tmp_path, f"{options} --steps 150 --log-every 15 --eval-every 1000") == 0  # what may change
-    assert capsys.readouterr().out.startswith(f"{run_dir}: continues at step 120 of each task; delete it ")
+    assert capsys.readouterr().out.startswith(f"{run_dir}: from step 120 of each task on; delete it ")
     new, text = checkpoint(run_dir), (run_dir / "progress.csv").read_text()
     assert len(seen) == 30
     saved = [*old["agent"].values()] + [moment["exp_avg"] for moment in old["optimizer"].values()]
