@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Evaluate a trained policy: python results/evaluate.py results/three-tasks [--episodes 32] [--seed 1].
 
-Prints success, return and the number of modules used, of each task and their means.
+Prints success, return and the number of modules used, of each task and their means. If a policy was trained with your
+own task_names, make_env or BaseModule, replace them in d2r_sac before you call main(path).
 """
 
 import sys
