@@ -127,8 +127,8 @@ class Args:
             raise ValueError("--learning-starts must be at least 1, and smaller than --steps")
         if not 1 <= self.top_k <= self.num_modules:
             raise ValueError("--top-k must be at least 1, and at most --num-modules")
-        if self.initial_alpha > 1:
-            raise ValueError("--initial-alpha must be at most 1, where alpha is clamped")
+        if not 0 < self.initial_alpha <= 1:
+            raise ValueError("--initial-alpha must be positive, and at most 1, where alpha is clamped")
         self.run_dir = self.run_dir or f"results/{self.env_id}-{self.goals}-seed{self.seed}"
 
 
@@ -494,10 +494,10 @@ def task_names(env_id):
     """The tasks of --env-id, in the order of their indices."""
     if env_id in ("MT10", "MT25", "MT50"):
         return list(getattr(metaworld.env_dict, f"{env_id}_V3"))
-    tasks = env_id.replace(" ", "").split(",")
+    tasks = env_id.split(",")
     for task in tasks:
         if task not in metaworld.env_dict.ALL_V3_ENVIRONMENTS or tasks.count(task) > 1:
-            raise ValueError(f"--env-id: {task!r} is no task of Meta-World V3, nor MT10, MT25 or MT50, or named twice")
+            raise ValueError(f"--env-id: {task!r} is unknown or named twice; there are MT10, MT25, MT50 and V3 tasks")
     return tasks
 
 
@@ -570,7 +570,7 @@ def evaluate(args, act, envs):
     depth = np.mean(depths, axis=0).reshape(T, E).mean(1)
     table = np.stack([success, returns, depth], axis=1)
     for name, row in zip([*args.tasks, f"mean ({share * E} episodes each)"], [*table, table.mean(0)]):
-        print("{}: success {:.2f}, return {:.1f}, modules used {:.1f}".format(name, *row), flush=True)
+        print("{}: success {:.2f}, return {:.1f}, modules used {:.1f}".format(name, *row))
     return {"success": success, "return": returns, "modules_used": depth}
 
 
@@ -582,8 +582,8 @@ class Log:
         self.tasks = args.tasks
         self.sums = torch.zeros(len(args.tasks), 3)  # of the summaries since the last row
         self.step = saved["step"]  # of each task, at the last row
-        self.seconds = saved["seconds"]  # since the run began, without breaks
-        self.clock = time.monotonic()
+        self.seconds = saved["seconds"]  # of training until then, without breaks
+        self.start = time.monotonic() - self.seconds
         run = Path(args.run_dir)
         run.mkdir(parents=True, exist_ok=True)
         (run / "args.json").write_text(json.dumps({"args": asdict(args), "tasks": args.tasks}, indent=2))
@@ -593,19 +593,18 @@ class Log:
         try:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.tensorboard = SummaryWriter(run, purge_step=self.step * len(args.tasks) + 1)
+            self.tensorboard = SummaryWriter(run, purge_step=self.step * len(self.sums) + 1)
         except ImportError:
             self.tensorboard = None
 
     def write(self, step, updates, metrics):
         """Add a row: of each metric, (T,) or a scalar, the mean and the tasks' values."""
         T = len(self.tasks)
-        seconds = time.monotonic() - self.clock
-        speed = (step - self.step) * T / seconds
+        seconds = time.monotonic() - self.start
+        speed = (step - self.step) * T / (seconds - self.seconds)
         self.step = step
-        self.seconds += seconds
-        self.clock += seconds
-        row = {"global_step": step * T, "updates": updates, "seconds": self.seconds, "steps_per_second": speed}
+        self.seconds = seconds
+        row = {"global_step": step * T, "updates": updates, "seconds": seconds, "steps_per_second": speed}
         success, total, episodes = self.sums.T
         table = dict.fromkeys(["success", "return", "modules_used"], math.nan)  # if not evaluated
         table |= {"train_success": success / episodes, "train_return": total / episodes} | metrics
@@ -633,9 +632,11 @@ def save_checkpoint(args, agent, replay, log, step, updates):
     """Write checkpoint.pt, to continue, and actor.pt, to evaluate. A kill at any time leaves the last whole files."""
     if not all(parameter.isfinite().all() for parameter in agent.parameters()):
         raise FloatingPointError("the weights are not finite")
-    checkpoint = {"step": step, "updates": updates, "seconds": log.seconds, "log": log.csv.read_text()}
+    checkpoint = {"step": step, "updates": updates, "log": log.csv.read_text()}
+    checkpoint["seconds"] = time.monotonic() - log.start
     checkpoint |= {"agent": agent.state_dict(), "optimizer": agent.optimizer.state_dict()["state"]}
-    checkpoint |= {"replay": [column[:, : replay.added].clone() for column in replay.columns], "added": replay.added}
+    checkpoint["added"] = replay.added
+    checkpoint["replay"] = [column[:, : replay.added].clone() for column in replay.columns]
     for name, content in {"checkpoint.pt": checkpoint, "actor.pt": {"actor": agent.actor.state_dict()}}.items():
         unfinished = Path(args.run_dir, f"{name}.partial")
         torch.save({"args": asdict(args)} | content, unfinished)
@@ -652,11 +653,11 @@ def load_checkpoint(args):
         return {"step": 0, "updates": 0, "seconds": 0.0, "log": ""}
     saved = torch.load(path, map_location="cpu", mmap=True)
     may_change = "steps eval_every eval_episodes log_every checkpoint_minutes device compile run_dir"
-    changed = {name for name, value in saved["args"].items() if value != getattr(args, name)}
-    changed = changed.difference(may_change.split())
+    fixed = {name: value for name, value in saved["args"].items() if name not in may_change.split()}
+    changed = [f"{name} {value}" for name, value in fixed.items() if value != getattr(args, name)]
     if changed:
-        sys.exit(f"error: {path} has another {', '.join(changed)}; choose another --run-dir")
-    print(f"{args.run_dir}: from step {saved['step']:,} of each task on; delete it to start over")
+        sys.exit(f"error: {path} was made with {', '.join(changed)}; choose another --run-dir")
+    print(f"{args.run_dir}: from step {saved['step']:,} of each task on; delete this directory to start over")
     return saved
 
 

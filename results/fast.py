@@ -112,8 +112,7 @@ class FastAgent(d2r.Agent):
     def q(self, critics, obs, action, task, temperature=None):
         inputs = torch.cat([obs, action], dim=-1)
         passes = [partial(critic, inputs, task, temperature=temperature) for critic in critics]
-        values = [value for value, _ in side_by_side(*passes)]
-        return torch.stack(values).view(2, len(self.tasks), -1)
+        return torch.stack([value for value, _ in side_by_side(*passes)]).view(2, len(self.tasks), -1)
 
     def critic_loss(self, obs, action, reward, next_obs, terminated, task):
         target = partial(self.td_target, reward, next_obs, terminated, task)
@@ -137,11 +136,12 @@ def small_update(network, agent):
 
 
 def install():
-    """Swap the fast forms into d2r_sac. Ends the program if they compute something else."""
+    """Swap the fast forms into d2r_sac. Ends the program if they compute something else than what is there."""
+    plain = small_update(d2r.D2RNetwork, d2r.Agent)
     for FastNetwork.static in (True, False):
-        plain, fast = small_update(*PLAIN), small_update(FastNetwork, FastAgent)
-        if not all(torch.allclose(a, b, rtol=1e-7, atol=1e-9) for a, b in zip(plain, fast, strict=True)):
-            sys.exit("error: d2r_sac.py and results/fast.py compute different losses or gradients; was one changed?")
+        pairs = zip(plain, small_update(FastNetwork, FastAgent), strict=True)
+        if not all(torch.allclose(a, b, rtol=1e-7, atol=1e-9) for a, b in pairs):
+            sys.exit("error: results/fast.py and d2r_sac.py compute different losses or gradients; use d2r_sac.py")
     d2r.Agent = FastAgent  # D2RNetwork already is FastNetwork
 
 

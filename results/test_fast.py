@@ -93,17 +93,26 @@ def test_modules_are_computed_for_the_samples_that_use_them(swapped):
 
 
 def test_it_refuses_to_train_what_was_changed_in_the_other_file_only(swapped, monkeypatch):
+    """A function, a method, or a whole class that replaces one. What fast.py inherits may be changed."""
+
+    def install():
+        d2r.D2RNetwork, d2r.Agent = classes
+        fast.install()
+
     without_resrouting = lambda f, x, w, kept: ((w[..., None] * (f + x)).sum(1),) * 2
-    for owner, name, factor in ((d2r, "mix_sources", None), (d2r_agent, "critic_loss", 1.001), (d2r_agent, "q", 1.001)):
-        original = getattr(owner, name)
-        change = lambda *options, original=original, factor=factor, **more: factor * original(*options, **more)
+    louder = lambda *options, loss=d2r_agent.critic_loss: 1.001 * loss(*options)
+    other = type("Other", (d2r_agent,), {"critic_loss": louder})
+    changes = [(d2r, "mix_sources", without_resrouting), (d2r_agent, "critic_loss", louder), (d2r, "Agent", other)]
+    for owner, name, change in changes:
+        classes = (fast.PLAIN[0], other if name == "Agent" else d2r_agent)
         with monkeypatch.context() as patch:
-            patch.setattr(owner, name, change if factor else without_resrouting)
-            with pytest.raises(SystemExit, match=r"d2r_sac.py and results/fast.py compute different losses or gradi"):
-                fast.install()
-    change = lambda *options, loss=d2r_agent.actor_loss: [2 * value for value in loss(*options)]
-    monkeypatch.setattr(d2r_agent, "actor_loss", change)  # fast.py has none of its own
-    fast.install()
+            patch.setattr(owner, name, change)
+            with pytest.raises(SystemExit, match=r"results/fast.py and d2r_sac.py compute different losses or gradi"):
+                install()
+    classes = fast.PLAIN
+    twice = lambda *options, loss=d2r_agent.actor_loss: [2 * value for value in loss(*options)]
+    monkeypatch.setattr(d2r_agent, "actor_loss", twice)
+    install()
     assert (d2r.D2RNetwork, d2r.Agent) == (fast.FastNetwork, fast.FastAgent)
 
 
