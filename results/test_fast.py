@@ -44,7 +44,6 @@ SWITCHES += [{"routing": routing, "parallel_modules": P} for routing, P in (("la
 @pytest.mark.parametrize("form", FORMS[:2])
 @pytest.mark.parametrize("options", SWITCHES, ids=str)
 def test_whole_updates(options, form, monkeypatch):
-    """Metrics and all weights after six updates, from the same weights, batches and noise."""
     monkeypatch.setattr(fast.FastNetwork, "static", form == "static")
     torch.set_default_dtype(torch.float64)
     try:
@@ -93,8 +92,6 @@ def test_modules_are_computed_for_the_samples_that_use_them(swapped):
 
 
 def test_it_refuses_to_train_what_was_changed_in_the_other_file_only(swapped, monkeypatch):
-    """A function, a method, or a whole class that replaces one. What fast.py inherits may be changed."""
-
     def install():
         d2r.D2RNetwork, d2r.Agent = classes
         fast.install()

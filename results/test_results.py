@@ -139,7 +139,6 @@ def test_plots(tmp_path):
         plot.plot(tmp_path)
         training, evaluations = plot.plt.gcf().axes[0].get_lines()
         assert list(evaluations.get_ydata()) == evaluated and list(training.get_ydata()) == trained
-    assert {path.name for path in tmp_path.glob("*.png")} == {"mt10.png", "progress.png"}
 
 
 def test_ablation(tmp_path, monkeypatch, capsys):
@@ -176,7 +175,6 @@ def test_ablation(tmp_path, monkeypatch, capsys):
             run_dir = runs / f"{name}-seed{seed}"
             expected.append(f"{tmp_path / script} {common} {text} --seed {seed} --run-dir {run_dir}")
     assert commands == expected
-    assert main(*options, *variants, function=command(ablation)) == 1 and commands[4:] == [expected[2]]
     assert main(*options, "--jobs", "0", function=command(ablation)) == 0
     out = capsys.readouterr().out  # the area: means of 2 / 6 and 0.5 / 6
     assert "\nnot finished: k3-seed2\n| variant | seeds | success: mean, range | area: mean, range |" in out
