@@ -150,7 +150,7 @@ def mlp(widths):
     """Linear layers of these widths, from the input's to the output's, with ReLU between them."""
     layers = []
     for width_in, width_out in pairwise(widths):
-        layers += [init(nn.Linear(width_in, width_out)), nn.ReLU()]
+        layers += [init(nn.Linear(width_in, width_out)), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers[:-1])  # no ReLU after the last
 
 
@@ -230,7 +230,7 @@ class BaseModule(nn.Linear):
         init(self)
 
     def forward(self, x):
-        return F.relu(super().forward(x))
+        return super().forward(x).relu_()
 
 
 def gradient_kept(logits):
