@@ -150,7 +150,7 @@ def mlp(widths):
     """Linear layers of these widths, from the input's to the output's, with ReLU between them."""
     layers = []
     for width_in, width_out in pairwise(widths):
-        layers += [init(nn.Linear(width_in, width_out)), nn.ReLU(inplace=True)]
+        layers += [init(nn.Linear(width_in, width_out)), nn.ReLU()]
     return nn.Sequential(*layers[:-1])  # no ReLU after the last
 
 
@@ -317,9 +317,9 @@ class D2RNetwork(nn.Module):
 def used_modules(routes):
     """The modules that lead to the head, (B, M, K) -> (B, M) bool. Their number is the depth."""
     M = routes.shape[1]
-    chosen = (routes[..., None] == torch.arange(M, device=routes.device)).any(2)  # (B, M, M)
+    chosen = routes.new_zeros(len(routes), M, M, dtype=torch.bool).scatter_(-1, routes.long(), True)
     used = chosen[:, -1]  # the head's sources
-    for row in range(M - 2, -1, -1):  # if the module of a row is used, so are its sources
+    for row in reversed(range(M - 1)):  # if the module of a row is used, so are its sources
         used = used | (used[:, row + 1, None] & chosen[:, row])
     return used
 
@@ -447,8 +447,8 @@ class Agent(nn.Module):
         self.optimizer.step()
         with torch.no_grad():
             self.log_alpha.clamp_(max=0)  # NOTE: not in the paper, but in its code
-            for target, critic in zip(self.target_critics.parameters(), self.critics.parameters()):
-                target.lerp_(critic, self.args.tau)
+            targets = list(self.target_critics.parameters())
+            torch._foreach_lerp_(targets, list(self.critics.parameters()), self.args.tau)
         metrics = losses | {"skipped": skipped.float(), "alpha": self.log_alpha.exp()}
         if self.args.sample_k:
             metrics["temperature"] = self.temperature()
@@ -766,7 +766,7 @@ def main():
         if evaluating:
             metrics = metrics | evaluate(args, act_deterministically, envs)
             obs, _ = envs.reset()  # begin new episodes
-        if updates > 0 and (evaluating or step % args.log_every < E):
+        if updates and (evaluating or step % args.log_every < E):
             log.write(step, updates, metrics)
 
         # Save

@@ -177,7 +177,7 @@ def test_ablation(tmp_path, monkeypatch, capsys):
     assert commands == expected
     assert main(*options, "--jobs", "0", function=command(ablation)) == 0
     out = capsys.readouterr().out  # the area: means of 2 / 6 and 0.5 / 6
-    assert "\nnot finished: k3-seed2\n| variant | seeds | success: mean, range | area: mean, range |" in out
+    assert "not finished: k3-seed2\n| variant | seeds | success: mean, range | area: mean, range |" in out
     assert "\n| d2r | 2 | 0.25 (0.10 to 0.40) | 0.21 (0.08 to 0.33) | 4.0 | 0.75 |\n" in out
     assert "\n| k3 | 1 | 0.90 (0.90 to 0.90) |" in out and (tmp_path / "curves.png").exists()
 
