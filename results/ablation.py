@@ -1,23 +1,22 @@
 # SPDX-License-Identifier: MIT
-"""Compare variants of D2R: python results/ablation.py [--benchmark comparison] [--seeds 1 2 3] [--jobs 2] [--out DIR].
+"""Compare variants of D2R: train them, then print a table of the finished runs and draw curves.png.
 
-Trains each variant of a benchmark with each seed, two runs at a time with a thread each, in
-results/BENCHMARK/VARIANT-seedSEED; then prints a table of all finished runs there, and writes curves.png to where
-plot.py would. --jobs 0 does only that. The same command continues after Ctrl-C or SIGTERM. The benchmarks are
+    python results/ablation.py --commands --seeds 4 5 6 | xargs -P 2 -L 1 env    two at a time; the same line continues
+    python results/ablation.py
+
+--commands prints a command per line, for xargs, GNU parallel or a job array. Runs and curves.png are in
+results/BENCHMARK; those of seeds 1 to 3 are kept, so finished. The benchmarks are
 
     ablation      D2R and its ablations on five tasks, 40,000 environment steps of each
-    comparison    D2R and MT-SAC on MT10, 100,000 steps of each task
+    comparison    D2R and the baseline MT-SAC on MT10, 100,000 steps of each task
 
-A variant whose name begins with mt-sac trains mtsac.py instead of fast.py. For one of your own:
+A variant whose name begins with mt-sac trains mtsac.py instead of fast.py. To add one of your own:
 
-    python results/ablation.py --variant "k3=--top-k 3"
+    python results/ablation.py --commands --variant "k3=--top-k 3" | xargs -P 2 -L 1 env
 """
 
 import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Literal
 
@@ -25,7 +24,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 from matplotlib.ticker import EngFormatter
-from plot import BLUE, directory, evaluations, save
+from plot import BLUE, evaluations, save
 
 HERE = Path(os.path.relpath(Path(__file__).parent))  # args.json shall not tell where the checkout is
 SMALL = "--num-modules 8 --module-width 64 --encoder-widths 128 128 --router-widths 64"
@@ -59,39 +58,6 @@ VARIANTS = {
 }
 
 
-def start(run: Path, options: str) -> subprocess.Popen:
-    """Begin a run, or continue it: the command is the same."""
-    script = HERE / ("mtsac.py" if run.name.startswith("mt-sac") else "fast.py")
-    command = [sys.executable, script, *options.split(), "--run-dir", run]
-    with open(f"{run}.log", "a") as log:
-        print(f"training {run.name}, see {log.name}", flush=True)
-        return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
-
-
-def train(todo: dict[Path, str], jobs: int) -> None:
-    """Train the runs with their options, `jobs` at a time. Exits if a run fails, or at Ctrl-C or SIGTERM."""
-    waiting = [run for run in todo if not evaluations(run)]
-    running = {}
-    stop = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: stop.append(number))
-    while (waiting or running) and not stop:
-        if waiting and len(running) < jobs:
-            run = waiting.pop(0)
-            running[run] = start(run, todo[run])
-            continue
-        time.sleep(1)
-        for run in [run for run, process in running.items() if process.poll() is not None]:
-            print(f"{run.name} ended with exit code {running.pop(run).returncode}", flush=True)
-    for process in running.values():
-        process.kill()
-        process.wait()
-    if stop:
-        sys.exit("the same command continues")
-    if not all(evaluations(run) for run in todo):
-        sys.exit("error: a run failed, its log says why; --jobs 0 shows the finished ones")
-
-
 def values(seeds: list[list[dict]], name: str) -> np.ndarray:
     """A column of the evaluations of a variant's runs, (seeds, evaluations)."""
     return np.array([[row[name] for row in rows] for rows in seeds])
@@ -106,7 +72,8 @@ def table(runs: dict[str, list]) -> str:
     for name, seeds in runs.items():
         success = values(seeds, "success")
         cells = [name, str(len(seeds)), between(success[:, -5:].mean(1)), between(success.mean(1))]
-        cells += [f"{values(seeds, 'modules_used')[:, -5:].mean():.1f}"]
+        depth = values(seeds, "modules_used")[:, -5:].mean()
+        cells += ["–" if name.startswith("mt-sac") else f"{depth:.1f}"]  # a baseline without routing
         cells += [f"{values(seeds, f'success/{task}')[:, -5:].mean():.2f}" for task in tasks]
         text += "| " + " | ".join(cells) + " |\n"
     return text
@@ -135,36 +102,38 @@ def plot(runs: dict[str, list], path: Path) -> None:
 
 def main(
     benchmark: Literal["ablation", "comparison"] = "ablation",
+    commands: bool = False,
     seeds: tuple[int, ...] = (1, 2, 3),
-    jobs: int = 2,
     variant: tuple[str, ...] = (),
-    out: Path | None = None,
 ) -> None:
-    known = VARIANTS[benchmark]
-    chosen = {}
-    for text in variant or known:
-        name, equals, options = text.partition("=")
-        if not equals and name not in known:
-            sys.exit(f"error: {name} is none of {', '.join(known)}; a variant of your own is NAME=OPTIONS")
-        chosen[name] = f"{ARGUMENTS[benchmark]} {SMALL} {options if equals else known[name]}"
-    directory_of_runs = HERE / benchmark
-    directory_of_runs.mkdir(parents=True, exist_ok=True)
-    todo = {}
-    for seed in seeds:
-        for name, options in chosen.items():
-            todo[directory_of_runs / f"{name}-seed{seed}"] = f"{options} --seed {seed}"
-    if jobs:
-        train(todo, jobs)
-    runs = {name: [] for name in known}
-    for run in sorted(directory_of_runs.glob("*-seed*/")):
+    """
+    :param commands: print the commands of the runs that are not finished, instead of the table
+    :param seeds: of the commands
+    :param variant: one more, as NAME=OPTIONS
+    """
+    variants = VARIANTS[benchmark] | dict(text.split("=", 1) for text in variant)
+    if commands:
+        for seed in seeds:
+            for name, options in variants.items():
+                run = HERE / benchmark / f"{name}-seed{seed}"
+                script = HERE / ("mtsac.py" if name.startswith("mt-sac") else "fast.py")
+                options = f"{ARGUMENTS[benchmark]} {SMALL} {options} --seed {seed}".split()
+                if evaluations(run):
+                    print(f"{run} is finished", file=sys.stderr)
+                else:
+                    print(f"OMP_NUM_THREADS=1 python {script} {' '.join(options)} --run-dir {run}")
+        return
+    runs = {name: [] for name in variants}
+    for run in sorted((HERE / benchmark).glob("*-seed*/")):
         if rows := evaluations(run):
             runs.setdefault(run.name.rpartition("-seed")[0], []).append(rows)
         else:
             print(f"not finished: {run.name}")
     runs = {name: seeds for name, seeds in runs.items() if seeds}
-    if runs:
-        print(table(runs), end="")
-        plot(runs, directory(directory_of_runs, out) / "curves.png")
+    if not runs:
+        sys.exit("error: no run is finished")
+    print(table(runs), end="")
+    plot(runs, HERE / benchmark / "curves.png")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Film a policy: python results/film.py results/RUN [--task drawer-close-v3 ...] [--out DIR].
+"""Film a policy: python results/film.py results/RUN [--task drawer-close-v3 ...].
 
-Writes film.gif, to where plot.py would: an episode of each task of RUN/actor.pt, side by side, up to a little after
-the last first success. Below each robot are the modules and edges used in that very step, and their number over time.
-MuJoCo renders with EGL on a GPU, and else with OSMesa (Debian: apt-get install libosmesa6), half a minute for a task.
+Writes RUN/film.gif: an episode of each task of RUN/actor.pt, side by side, up to a little after the last first success.
+Below each robot are the modules and edges used in that very step, and their number over time. MuJoCo renders with EGL
+on a GPU, and else with OSMesa (Debian: apt-get install libosmesa6), half a minute for a task.
 """
 
 import copy
@@ -28,7 +28,7 @@ import mujoco
 import numpy as np
 import tyro
 from PIL import Image
-from plot import BLUE, directory
+from plot import BLUE
 from routing import Graph, Steps, d2r, rollout
 
 FRAMES_PER_SECOND, FRAMES, STEPS_AFTER_SUCCESS, WIDTH = 10, 80, 15, 840  # WIDTH in pixels
@@ -104,11 +104,9 @@ def draw(args, titles, episodes, shown):
         yield Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3])
 
 
-def main(run: tyro.conf.Positional[Path], task: tuple[str, ...] = (), out: Path | None = None) -> None:
+def main(run: tyro.conf.Positional[Path], task: tuple[str, ...] = ()) -> None:
     actor, tasks, args = d2r.load_policy(run / "actor.pt")
     chosen = task or tasks
-    if not {*chosen} <= {*tasks}:
-        sys.exit(f"error: the tasks of this run are {', '.join(tasks)}")
     episodes = [play(actor, args, tasks.index(task)) for task in chosen]
     solved = [steps.success.argmax() if steps.success.any() else len(steps.success) for *_, steps in episodes]
     length = min(max(solved) + STEPS_AFTER_SUCCESS, len(episodes[0][2].success))
@@ -117,7 +115,7 @@ def main(run: tyro.conf.Positional[Path], task: tuple[str, ...] = (), out: Path 
     # One palette for all frames: what does not move has the same colours in each, and takes no space.
     palette = Image.fromarray(np.concatenate(frames[:: max(1, len(frames) // 4)])).quantize(256)
     frames = [np.asarray(frame.quantize(palette=palette, dither=Image.Dither.NONE).convert("RGB")) for frame in frames]
-    path = directory(run, out) / "film.gif"
+    path = run / "film.gif"
     imageio.imwrite(path, frames, loop=0, duration=1000 / FRAMES_PER_SECOND)
     print(path)
 

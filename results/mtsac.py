@@ -23,5 +23,6 @@ def make_one_hot_env(task, args, seed):
 
 if __name__ == "__main__":
     fast.install()
+    d2r.Args.__doc__ = __doc__
     d2r.make_env = make_one_hot_env
     d2r.main()

@@ -1,24 +1,22 @@
 # SPDX-License-Identifier: MIT
 """Compare d2r_sac.py and fast.py with the authors' code, github.com/DarkDawn233/D2R_MTRL; CHECKOUT is a clone of it.
 
-    python results/parity.py CHECKOUT                outputs, gradients and six updates, in float64
+    python results/parity.py CHECKOUT [--seed 0]     the worst difference, relative to the largest entry of its tensor
     python results/parity.py CHECKOUT --time 128     how long updates of this batch of each task take, in float32
 
-At the size of MT10 (10 tasks, 16 modules of 128), from the same random weights, inputs, routes and noise, it prints the
-worst relative difference, |ours - theirs| / max |theirs|, over all entries of all tensors. So that all can compute the
-same, the epsilon of 1e-6 in the authors' log-probability is 0, and Sample-K is off (except with --time).
+All have the size of MT10, and the same random weights, inputs, routes and noise. So that all can compute the same, the
+epsilon of 1e-6 in the authors' log-probability is 0, and Sample-K is off (except with --time).
 """
 
-import statistics
 import sys
 import tempfile
 from functools import partial
 from pathlib import Path
-from time import perf_counter
 
 import torch
 import tyro
 from fast import PLAIN, FastAgent, FastNetwork, d2r
+from speed import in_turns
 
 T, OBS, ACTION, M, K = 10, 39, 4, 16, 2
 FORMS = {"d2r_sac.py": PLAIN, "fast.py": (FastNetwork, FastAgent)}
@@ -35,13 +33,13 @@ def difference(theirs, ours) -> float:
     return ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-300)).item()
 
 
-def agents(form, sample_k):
-    """Their agent and ours, and pairs of their networks and ours, with the same random weights; each time the same."""
+def agents(form, seed, sample_k):
+    """Their agent and ours, and pairs of their networks and ours, with the same random weights."""
     from torchrl.algo.mt_sac import MTSAC
     from torchrl.networks import FlattenDepthRouteNet, MLPBase
     from torchrl.policies import DepthRoutePolicy
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     options = {
         "task_num": T, "base_type": MLPBase, "hidden_shapes": [400, 400], "em_hidden_shapes": [400], "top_k": K,
         "module_hidden": 128, "module_num": M, "gate_hiddens": [256, 256], "rescale_prob": True, "use_resnet": True,
@@ -104,7 +102,7 @@ def compare_critics(agent, theirs, ours):
             expected.sum().backward()
             output.sum().backward()
             gradients += [difference(parameter.grad, own.grad) for parameter, own in pairs(theirs, ours)]
-    return {"outputs": max(outputs), "gradients of all parameters": max(gradients)}
+    return max(outputs), max(gradients)
 
 
 def compare_updates(theirs, ours, networks):
@@ -126,47 +124,34 @@ def compare_updates(theirs, ours, networks):
         theirs.update(their_batch)
         noise[:] = [of_obs, of_next_obs]
         ours.update(*batch)
-    weights = [difference(parameter.data, own.data) for pair in networks for parameter, own in pairs(*pair)]
-    return {
-        "weights of actor, critics and targets after six updates": max(weights),
-        "log alpha after six updates": difference(theirs.log_alpha.data, ours.log_alpha.data),
-    }
+    return max(difference(parameter.data, own.data) for pair in networks for parameter, own in pairs(*pair))
 
 
 def compare_time(batch_size):
-    """Updates in turns: six rounds of six each, the first of which does not count. Prints medians."""
+    """The time of an update, in turns."""
     updates = {}
     for form in FORMS:
-        theirs, ours, _ = agents(form, sample_k=True)
+        theirs, ours, _ = agents(form, seed=0, sample_k=True)
         their_batch, batch = random_batch(ours, batch_size)
         updates["the authors' code"] = partial(theirs.update, their_batch)
         updates[form] = partial(ours.update, *batch)
-    seconds = {name: [] for name in updates}
-    for _ in range(6):
-        for name, update in updates.items():
-            for call in range(6):
-                start = perf_counter()
-                update()
-                seconds[name] += [perf_counter() - start] if call else []
     print(f"| batch {batch_size} of each task, {torch.get_num_threads()} threads | an update |\n|---|---|")
-    for name, values in seconds.items():
-        print(f"| {name} | {1e3 * statistics.median(values):.1f} ms |")
+    for name, time in in_turns(updates).items():
+        print(f"| {name} | {time} |")
 
 
-def main(checkout: tyro.conf.Positional[Path], time: int | None = None) -> None:
+def main(checkout: tyro.conf.Positional[Path], time: int | None = None, seed: int = 0) -> None:
     sys.path.insert(0, str(checkout))
     if time:
         compare_time(time)
         return
     torch.set_default_dtype(torch.float64)
-    columns = []
+    print(f"| float64, seed {seed} | outputs | all gradients of a critic | all weights after six updates |")
+    print("|---|---|---|---|")
     for form in FORMS:
-        theirs, ours, networks = agents(form, sample_k=False)
-        columns.append(compare_critics(ours, *networks[1]) | compare_updates(theirs, ours, networks))
-    plain, fast = columns
-    print("| worst relative difference, float64, seed 0 | d2r_sac.py | fast.py |\n|---|---|---|")
-    for name, value in plain.items():
-        print(f"| {name} | {value:.1e} | {fast[name]:.1e} |")
+        theirs, ours, networks = agents(form, seed, sample_k=False)
+        outputs, gradients = compare_critics(ours, *networks[1])
+        print(f"| {form} | {outputs:.1e} | {gradients:.1e} | {compare_updates(theirs, ours, networks):.1e} |")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""Draw learning curves (needs matplotlib).
+"""Draw learning curves.
 
-    python results/plot.py results/RUN ...    progress.png: success (else return) of each task, and modules used
-    python results/plot.py                    mt10.png: the kept runs of MT10 beside published curves
+    python results/plot.py results/RUN ...    RUN/progress.png: success (else return) of each task, and modules used
+    python results/plot.py                    results/mt10.png: the kept runs of MT10 beside published curves
 
-Pictures go where --out says. By default it is the run's directory, or, if git tracks that, a new one beside it.
+Points without a line are training episodes.
 """
 
 import csv
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,28 +18,23 @@ import tyro
 from matplotlib.ticker import EngFormatter
 
 RESULTS = Path(__file__).parent
-BLUE, ORANGE, GREEN, RED, PINK, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"  # Okabe, Ito
+BLUE, ORANGE, RED, PINK, SKY = "#0072B2", "#E69F00", "#D55E00", "#CC79A7", "#56B4E9"  # of Okabe and Ito
+LEGEND = {"frameon": False, "fontsize": "small", "title_fontsize": "small", "alignment": "left"}
 
+# mt10.png: name: colour, kept runs, and the one of them that was continued
+OWN = {
+    "D2R, 2.05M parameters": (ORANGE, "MT10-gpu", None),
+    "D2R, 0.63M": (BLUE, "MT10-cpu", None),
+    "D2R, 0.21M": (SKY, "comparison/d2r-seed[123]", "longer/d2r-seed3"),
+    "MT-SAC (baseline), 0.23M": ("black", "comparison/mt-sac-seed[123]", "longer/mt-sac-seed3"),
+}
 # Mean success on MT10 with random goals after so many environment steps, read off the figures of arXiv
 # 2503.05126 (to about 0.01): episodes of 500 steps, batch 1,280, 10 seeds; V2 rewards, as here.
 STEPS = (1e6, 2e6, 3e6, 5e6, 10e6, 15e6, 20e6)
 PUBLISHED = {
-    "its widest network, 4,096 units": (GREEN, "^", (0.60, 0.70, 0.74, 0.81, 0.92, 0.92, 0.93)),
-    "MTMHSAC, 1.4M parameters": (PINK, "o", (0.41, 0.64, 0.72, 0.75, 0.86, 0.86, 0.86)),
-    "MTSAC, 1.4M parameters": (RED, "s", (0.39, 0.66, 0.72, 0.75, 0.83, 0.85, 0.85)),
+    "MT-SAC, 1.4M parameters": (RED, "s", (0.39, 0.66, 0.72, 0.75, 0.83, 0.85, 0.85)),
+    "MT-SAC with a head per task, 1.4M": (PINK, "o", (0.41, 0.64, 0.72, 0.75, 0.86, 0.86, 0.86)),
 }
-KEPT = {"MT10-cpu": (BLUE, 3_004_490, 0.54), "MT10-gpu": (ORANGE, 622_000, 0.53)}  # policies: steps, success
-COMPARED = {"d2r": ("D2R", SKY), "mt-sac": ("MT-SAC", "black")}  # names in results/comparison
-
-
-def directory(run: Path, out: Path | None) -> Path:
-    """Where the pictures of a run go. Never among files that git tracks, unless `out` says so."""
-    if out is None:
-        command = ["git", "-C", run, "ls-files", "."]
-        tracked = subprocess.run(command, capture_output=True, check=False).stdout
-        out = run.with_name(f"{run.resolve().name}-pictures") if tracked else run
-    out.mkdir(parents=True, exist_ok=True)
-    return out
 
 
 def save(figure, path: Path) -> None:
@@ -48,115 +42,99 @@ def save(figure, path: Path) -> None:
     print(path)
 
 
-def read(run: Path) -> list[dict]:
-    """The rows of RUN/progress.csv."""
+def read(run: Path) -> list[dict[str, float]]:
+    """The rows of RUN/progress.csv, without what was not measured."""
     path = run / "progress.csv"
     if not path.exists():
         sys.exit(f"error: {path} does not exist")
-    rows = [*csv.DictReader(path.read_text().splitlines())]
-    if not rows:
-        sys.exit(f"error: {path} has no row yet; rows begin with the updates")
-    return rows
+    rows = csv.DictReader(path.read_text().splitlines())
+    return [{name: float(value) for name, value in row.items() if value} for row in rows]
 
 
 def evaluations(run: Path) -> list[dict[str, float]]:
     """The evaluations of a run, if it is finished; else nothing."""
     if not (run / "progress.csv").exists():
         return []
-    rows = csv.DictReader((run / "progress.csv").read_text().splitlines())
-    rows = [{name: float(value or "nan") for name, value in row.items()} for row in rows if row.get("success")]
+    rows = [row for row in read(run) if "success" in row]
     saved = json.loads((run / "args.json").read_text())
     total = saved["args"]["steps"] * len(saved["tasks"])
     return rows if rows and rows[-1]["global_step"] >= total else []
 
 
-def curve(rows: list[dict], column: str) -> tuple[list[int], list[float]]:
+def curve(rows: list[dict[str, float]], column: str) -> tuple[list[float], list[float]]:
     """Steps and values of a column, where there is a value."""
-    points = [(int(row["global_step"]), float(row[column])) for row in rows if row.get(column)]
-    return [step for step, _ in points], [value for _, value in points]
+    rows = [row for row in rows if column in row]
+    return [row["global_step"] for row in rows], [row[column] for row in rows]
 
 
-def plot(run: Path, out: Path | None = None) -> None:
-    """progress.png: small multiples, a panel for each task."""
+def plot(run: Path) -> None:
+    """progress.png: a panel for each task."""
     rows = read(run)
     tasks = json.loads((run / "args.json").read_text())["tasks"]
-    kind = "success" if any(row.get("success") or row.get("train_success") for row in rows) else "return"
+    kind = "success" if any("success" in row or "train_success" in row for row in rows) else "return"
     panels = {kind: "mean", **{f"{kind}/{task}": task for task in tasks}}
-    if any(row.get("modules_used") for row in rows):
+    if any("modules_used" in row for row in rows):
         panels["modules_used"] = "modules used"
     lines = -(-len(panels) // 6)
     columns = -(-len(panels) // lines)
     size = (2.1 * columns, 1.75 * lines + 0.7)
     figure, axes = plt.subplots(lines, columns, figsize=size, sharex=True, squeeze=False, layout="constrained")
     for axis, (name, title) in zip(axes.flat, panels.items()):
-        steps, values = curve(rows, f"train_{name}")
-        n = max(len(values) // 20, 5)
-        means = [sum(values[max(i - n, 0) : i]) / min(i, n) for i in range(1, len(values) + 1)]
-        label = f"training, mean of {n} rows" if steps else None
-        axis.plot(steps, means, "." if len(steps) == 1 else "-", color=SKY, linewidth=1, label=label)
-        steps, values = curve(rows, name)
-        axis.plot(steps, values, color=BLUE, marker="o", markersize=3, label="evaluations" if steps else None)
+        training = curve(rows, f"train_{name}")
+        axis.plot(*training, ".", color=SKY, markersize=2, label="training" if training[0] else None)
+        axis.plot(*curve(rows, name), "o-", color=BLUE, markersize=3, linewidth=1, label="evaluation")
         axis.set_title(title, fontsize=9)
         if name.startswith("success"):
             axis.set_ylim(-0.05, 1.05)
+        elif name == "modules_used":
+            axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
         axis.tick_params(labelsize=8)
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-    if "modules_used" in panels:
-        axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
-    for axis in axes[:, 0]:
-        axis.set_ylabel(kind, fontsize=9)
-    for axis in axes.flat[len(panels) - columns : len(panels)]:
-        axis.tick_params(labelbottom=True)
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     figure.supxlabel("environment steps, summed over tasks", fontsize=9)
-    shown = axes.flat[0].get_legend_handles_labels()
-    if len(shown[0]) > 1:
-        figure.legend(*shown, loc="outside upper right", ncols=2, fontsize=8, frameon=False)
-    save(figure, directory(run, out) / "progress.png")
+    figure.supylabel(kind, fontsize=9)
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", ncols=2, fontsize=8, frameon=False)
+    save(figure, run / "progress.png")
 
 
-def plot_mt10(out: Path) -> None:
-    """mt10.png: the runs of MT10 that are kept, beside published ones."""
+def plot_mt10(path: Path) -> None:
+    """The kept runs of MT10 beside published ones."""
     figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
-    for name, (color, *policy) in KEPT.items():
-        steps, success = curve(read(RESULTS / name), "success")
-        axis.plot(steps, success, color=color, linewidth=1.2, marker="o", markersize=4, label=f"D2R, {name}, one seed")
-        axis.plot(*policy, color=color, marker="*", markersize=17, markeredgecolor="black", linestyle="")
-    for name, (label, color) in COMPARED.items():
-        runs = [rows for run in sorted(RESULTS.glob(f"comparison/{name}-seed*")) if (rows := evaluations(run))]
-        success = np.array([[row["success"] for row in rows] for rows in runs])
-        steps = [row["global_step"] for row in runs[0]]
-        style = {"color": color, "linewidth": 1.2}
+    for name, (color, pattern, continued) in OWN.items():
+        curves = [curve(read(run), "success") for run in sorted(RESULTS.glob(pattern))]
+        steps = curves[0][0]
+        success = np.array([values for _, values in curves])
+        label = f"{name}, {len(curves)} seeds" if len(curves) > 1 else f"{name}, one seed"
+        axis.plot(steps, success.mean(0), color=color, label=label)
         axis.fill_between(steps, success.min(0), success.max(0), color=color, alpha=0.15, linewidth=0)
-        axis.plot(steps, success.mean(0), label=f"{label}, small networks, {len(runs)} seeds", **style)
-        steps, success = curve(read(RESULTS / f"longer/{name}-seed3"), "success")
-        first = steps.index(1_000_000)
-        axis.plot(steps[first:], success[first:], ":", label=f"{label}, one of them continued", **style)
-    own, _ = axis.get_legend_handles_labels()
-    options = {"frameon": False, "fontsize": "small", "title_fontsize": "small", "alignment": "left"}
-    title = "this file, episodes of 200 steps\n(★ a kept policy, 50 episodes):"
-    axis.add_artist(axis.legend(handles=own, title=title, loc="upper left", **options))
+        if continued:
+            steps, success = curve(read(RESULTS / continued), "success")
+            first = steps.index(1_000_000)
+            axis.plot(steps[first:], success[first:], ":", color=color)
+    title = "this file, episodes of 200 steps\n(band: range over seeds; dotted: one of them)"
+    axis.add_artist(axis.legend(title=title, loc="upper left", **LEGEND))
+    published = []
     for name, (color, marker, success) in PUBLISHED.items():
-        axis.plot(STEPS, success, color=color, linewidth=1.2, linestyle="--", marker=marker, markersize=5, label=name)
-    published = axis.get_legend_handles_labels()[0][len(own) :]
-    title = "arXiv 2503.05126, ten seeds, episodes of 500 steps:"
-    axis.legend(handles=published, title=title, loc="lower right", **options)
+        published += axis.plot(STEPS, success, "--", color=color, marker=marker, markersize=5, label=name)
+    title = "published: arXiv 2503.05126,\nten seeds, episodes of 500 steps"
+    axis.legend(handles=published, title=title, loc="lower right", **LEGEND)
     axis.set(xscale="log", xlim=(4.5e4, 2.2e7), ylim=(0, 1))
     axis.set(xlabel="environment steps, summed over the ten tasks", ylabel="mean success rate, random goals")
     axis.set_xticks([1e5, 3e5, 1e6, 3e6, 1e7, 2e7])
     axis.set_xticks([], minor=True)
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     axis.grid(alpha=0.3)
-    save(figure, out / "mt10.png")
+    save(figure, path)
 
 
-def main(runs: tyro.conf.Positional[tuple[Path, ...]] = (), out: Path | None = None) -> None:
+def main(runs: tyro.conf.Positional[tuple[Path, ...]] = ()) -> None:
     for run in runs:
-        plot(run, out)
+        plot(run)
     if not runs:
-        plot_mt10(directory(RESULTS / "pictures", out))
+        plot_mt10(RESULTS / "mt10.png")
 
 
 if __name__ == "__main__":

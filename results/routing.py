@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Look at a policy's routes: python results/routing.py results/RUN [--episodes 10] [--out DIR].
+"""Look at a policy's routes: python results/routing.py results/RUN [--episodes 10].
 
-Runs RUN/actor.pt as an evaluation does, and writes, to where plot.py would,
+Runs RUN/actor.pt as an evaluation does, and writes
 
-    paths.png     for each task, the modules and edges it uses, its success, and its number of modules used
-    tsne.png      t-SNE of the routing probabilities of some 200 states of each task
+    RUN/paths.png    for each task, the modules and edges it uses, its success, and its number of modules used
+    RUN/tsne.png     t-SNE of the routing probabilities of some 200 states of each task
 """
 
 import math
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from matplotlib.collections import LineCollection
-from plot import RED, directory, save
+from plot import RED, save
 from sklearn.manifold import TSNE
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -124,9 +124,6 @@ def plot_tsne(steps, tasks, path):
     shown = np.linspace(0, S - 1, min(S, STATES)).astype(int)
     points = steps.probability[shown].swapaxes(0, 1)  # (T, states, M, M)
     points = points.reshape(-1, points.shape[-1] ** 2)
-    if len(points) < 10 or np.ptp(points, axis=0).max() < 1e-6:
-        print("no t-SNE: there are too few states, or all have the same routing probabilities")
-        return
     places = TSNE(init="pca", perplexity=min(30, len(points) / 4), random_state=0).fit_transform(points)
     figure, axis = plt.subplots(figsize=(8, 4.6), layout="constrained")
     for t, place in enumerate(places.reshape(len(tasks), len(shown), 2)):
@@ -136,14 +133,13 @@ def plot_tsne(steps, tasks, path):
     save(figure, path)
 
 
-def main(run: tyro.conf.Positional[Path], episodes: int = 10, out: Path | None = None) -> None:
+def main(run: tyro.conf.Positional[Path], episodes: int = 10) -> None:
     torch.set_num_threads(1)  # more would compete with the environments
     actor, tasks, args = d2r.load_policy(run / "actor.pt")
     print(f"running {episodes} episodes of each task", flush=True)
     steps = record(actor, args, episodes)
-    out = directory(run, out)
-    plot_paths(steps, args, out / "paths.png")
-    plot_tsne(steps, tasks, out / "tsne.png")
+    plot_paths(steps, args, run / "paths.png")
+    plot_tsne(steps, tasks, run / "tsne.png")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Measure the speed of d2r_sac.py and fast.py, and print tables in Markdown. Leave the machine alone meanwhile.
+"""Measure the speed of d2r_sac.py and fast.py.
 
     python results/speed.py                     MT10, a batch of 128 of each task
     python results/speed.py --env-id MT50
 
-Updates and acting take turns, in a new order each round, of six calls, the first of which does not count. The loop is
-whole runs, with 1, 2, 4 and 8 environments per task: on a GPU with a batch as many times as large, and with --compile.
+Prints tables: medians (quartiles) of updates and acting, in turns; and the speed of whole runs with 1, 2, 4 and 8
+environments per task, on a GPU with a batch as many times as large, and with --compile. Leave the machine alone.
 """
 
-import csv
-import platform
-import random
 import statistics
 import subprocess
 import sys
@@ -23,24 +20,28 @@ import fast
 import torch
 import tyro
 from fast import d2r
+from plot import read
 
-ROUNDS, CALLS, OBS, ACTION = 6, 5, 39, 4
+OBS, ACTION = 39, 4
 FORMS = {d2r: fast.PLAIN, fast: (fast.FastNetwork, fast.FastAgent)}
 
 
-def seconds(function) -> float:
-    """How long a call takes."""
-    start = time.perf_counter()
-    function()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def quartiles(values: list[float]) -> str:
-    """Median, lower and upper quartile, in milliseconds."""
-    low, median, high = (1e3 * value for value in statistics.quantiles(values, n=4, method="inclusive"))
-    return f"{median:.4g} ms ({low:.4g} to {high:.4g})"
+def in_turns(calls: dict) -> dict:
+    """Time functions, given by name: six rounds of six calls, the first of which does not count, after a round to warm
+    up, compile and capture. Returns medians (quartiles) in milliseconds."""
+    times = {name: [] for name in calls}
+    for _ in range(7):
+        for name, call in calls.items():
+            for _ in range(6):
+                start = time.perf_counter()
+                call()
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                times[name].append(1e3 * (time.perf_counter() - start))
+    for name, values in times.items():
+        values = [value for i, value in enumerate(values) if i >= 6 and i % 6]
+        times[name] = "{1:.4g} ms ({0:.4g} to {2:.4g})".format(*statistics.quantiles(values, n=4, method="inclusive"))
+    return times
 
 
 def make_agent(args, form, mode):
@@ -71,15 +72,10 @@ def updates_and_acting(args) -> None:
     for mode in modes:
         for form in FORMS:
             calls[f"update, {mode}", form], calls[f"acting, {mode}", form] = make_agent(args, form, mode)
-    for call in calls.values():
-        seconds(lambda call=call: [call() for _ in range(CALLS)])  # to warm up, compile and capture
-    times = {name: [] for name in calls}
-    for _ in range(ROUNDS):
-        for name in random.sample([*calls], len(calls)):
-            times[name] += [seconds(calls[name]) for _ in range(CALLS + 1)][1:]
+    times = in_turns(calls)
     print(f"\n| {args.env_id}, batch {args.batch_size} of each task | d2r_sac.py | fast.py |\n|---|---|---|")
     for what in dict.fromkeys(what for what, _ in calls):
-        print(f"| {what} | {quartiles(times[what, d2r])} | {quartiles(times[what, fast])} |", flush=True)
+        print(f"| {what} | {times[what, d2r]} | {times[what, fast]} |", flush=True)
 
 
 def loop(args, form) -> str:
@@ -92,8 +88,7 @@ def loop(args, form) -> str:
         command += f"--log-every {rounds * E} --eval-every 1000000000 --eval-episodes 1 --run-dir {run_dir}"
         options = ["--compile"] if args.device == "cuda" else []
         subprocess.run([*command.split(), *options], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        rows = [*csv.DictReader(Path(run_dir, "progress.csv").read_text().splitlines())]
-    speeds = [float(row["steps_per_second"]) for row in rows[1:6]]  # the seventh contains an evaluation
+        speeds = [row["steps_per_second"] for row in read(Path(run_dir))][1:6]  # the seventh contains an evaluation
     return f"{statistics.median(speeds):,.1f} steps/s ({min(speeds):,.1f} to {max(speeds):,.1f})"
 
 
@@ -104,9 +99,8 @@ def main(env_id: str = "MT10", batch_size: int = 128) -> None:
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     cpus = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    machine = f"{len(cpus)} cores of {cpus[0].split(': ')[1]}; {torch.get_num_threads()} threads"
-    gpu = torch.cuda.get_device_name() if cuda else "no GPU"
-    print(f"Commit {commit}; {gpu}; {machine}; Python {platform.python_version()}, torch {torch.__version__}.")
+    machine = torch.cuda.get_device_name() if cuda else f"{len(cpus)} cores of {cpus[0].split(': ')[1]}"
+    print(f"Commit {commit}; {machine}; {torch.get_num_threads()} threads; torch {torch.__version__}.")
     args = d2r.Args(env_id=env_id, batch_size=batch_size)
     updates_and_acting(args)
     print("\n| environments per task | batch of each task | the whole loop, d2r_sac.py | fast.py |\n|---|---|---|---|")

@@ -122,19 +122,16 @@ def test_film(policy, monkeypatch):
 
 def test_plots(tmp_path):
     """Kept runs beside published ones; return if there is no success; a run before its first evaluation."""
-    plot.plot_mt10(tmp_path)
+    plot.plot_mt10(tmp_path / "mt10.png")
     lines = {line.get_label(): line.get_ydata().tolist() for line in plot.plt.gca().get_lines()}
-    assert lines["D2R, MT10-gpu, one seed"] == [0.185, 0.485] and [0.53] in lines.values()
-    assert {*plot.PUBLISHED} < {*lines}
-    _, first_million = plot.curve(plot.read(RESULTS / "comparison/mt-sac-seed3"), "success")
-    continued = lines["MT-SAC, one of them continued"]
-    assert len(continued) == 21 and continued[0] == first_million[-1]
+    assert lines["D2R, 2.05M parameters, one seed"] == [0.185, 0.485] and {*plot.PUBLISHED} < {*lines}
+    seeds = [plot.read(RESULTS / f"comparison/mt-sac-seed{seed}") for seed in (1, 2, 3)]
+    last = [[row["success"] for row in rows if "success" in row][-1] for rows in seeds]
+    assert lines["MT-SAC (baseline), 0.23M, 3 seeds"][-1] == np.mean(last)
+    assert [values[0] for values in lines.values() if len(values) == 21][1] == last[2]  # the one that is continued
     (tmp_path / "args.json").write_text('{"tasks": ["a"]}')
     header = "global_step,success,success/a,return,return/a,train_return,modules_used,modules_used/a\n"
-    forty = "".join(f"{i},,,,,{i},,\n" for i in range(40))
-    means = [0, 0.5, 1, 1.5, *range(2, 38)]  # of up to five rows
-    cases = [("50,,,,,-9,,\n", [], [-9]), ("50\n500,,,-7,-7,,3,3\n", [-7], [])]
-    for rows, evaluated, trained in (*cases, (forty, [], means)):
+    for rows, evaluated, trained in (("50,,,,,-9,,\n", [], [-9]), ("50\n500,,,-7,-7,,3,3\n", [-7], [])):
         (tmp_path / "progress.csv").write_text(header + rows)
         plot.plot(tmp_path)
         training, evaluations = plot.plt.gcf().axes[0].get_lines()
@@ -142,44 +139,40 @@ def test_plots(tmp_path):
 
 
 def test_ablation(tmp_path, monkeypatch, capsys):
-    """Starts and continues runs, but no finished ones; a table of these, checked by hand."""
-    commands, runs = [], tmp_path / "comparison"
+    """The commands of what is not finished, as a shell and xargs split them; a table of the rest, checked by hand."""
+    runs = tmp_path / "comparison"
 
     def write(name, success):
-        (runs / name).mkdir(parents=True, exist_ok=True)
+        (runs / name).mkdir(parents=True)
         (runs / name / "args.json").write_text('{"args": {"steps": 30}, "tasks": ["a-v3", "b-v3"]}')
         rows = [f"{10 * n},{value},{n},{1 - value}\n{10 * n + 5},,,\n" for n, value in enumerate(success, start=1)]
         (runs / name / "progress.csv").write_text("global_step,success,modules_used,success/a-v3\n" + "".join(rows))
 
-    def start(command, **options):
-        commands.append(" ".join(map(str, command[1:])))
-        failed = command[-1].name == "k3-seed2"
-        write(command[-1].name, [0.9] * (4 if failed else 6))
-        return types.SimpleNamespace(poll=lambda: int(failed), returncode=int(failed))
-
-    monkeypatch.setattr(ablation.subprocess, "Popen", start)
-    monkeypatch.setattr(ablation.time, "sleep", lambda _: None)
     monkeypatch.setattr(ablation, "HERE", tmp_path)
+    assert main("--benchmark", "comparison", function=command(ablation)) == 1
     write("d2r-seed1", [0, 0.1, 0.2, 0.5, 0.6, 0.6])  # the last five: mean 0.4, and 4 modules used
     write("d2r-seed2", [0, 0, 0, 0.1, 0.2, 0.2])  # 0.1
+    write("mt-sac-seed2", [0.9] * 6)
     write("k3-seed1", [0, 0.9])  # unfinished
-    options = ["--benchmark", "comparison", "--seeds", "1", "2", "--jobs", "1", "--out", tmp_path]
-    variants = ["--variant", "k3=--top-k 3", "mt-sac", "d2r"]
-    assert main(*options, *variants, function=command(ablation)) == 1  # the second seed of k3 fails
-    out, err = capsys.readouterr()
-    assert "k3-seed2 ended with exit code 1\n" in out and "| d2r" not in out and "a run failed" in err
+    options = ["--commands", "--seeds", "1", "2", "--variant", "k3=--top-k 3"]
+    assert main("--benchmark", "comparison", *options, function=command(ablation)) == 0
+    printed = capsys.readouterr().out.splitlines()
+    runs_left = [
+        ("mt-sac-seed1", "mtsac.py", MT_SAC),
+        ("k3-seed1", "fast.py", "--top-k 3"),
+        ("k3-seed2", "fast.py", "--top-k 3"),
+    ]
     common = f"{ablation.ARGUMENTS['comparison']} {ablation.SMALL}"
-    expected = []
-    for seed in (1, 2):
-        for name, script, text in (("k3", "fast.py", "--top-k 3"), ("mt-sac", "mtsac.py", MT_SAC)):
-            run_dir = runs / f"{name}-seed{seed}"
-            expected.append(f"{tmp_path / script} {common} {text} --seed {seed} --run-dir {run_dir}")
-    assert commands == expected
-    assert main(*options, "--jobs", "0", function=command(ablation)) == 0
+    assert printed == [
+        f"OMP_NUM_THREADS=1 python {tmp_path / script} {common} {text} --seed {name[-1]} --run-dir {runs / name}"
+        for name, script, text in runs_left
+    ]
+    assert main("--benchmark", "comparison", function=command(ablation)) == 0
     out = capsys.readouterr().out  # the area: means of 2 / 6 and 0.5 / 6
-    assert "not finished: k3-seed2\n| variant | seeds | success: mean, range | area: mean, range |" in out
+    assert "not finished: k3-seed1\n| variant | seeds | success: mean, range | area: mean, range |" in out
     assert "\n| d2r | 2 | 0.25 (0.10 to 0.40) | 0.21 (0.08 to 0.33) | 4.0 | 0.75 |\n" in out
-    assert "\n| k3 | 1 | 0.90 (0.90 to 0.90) |" in out and (tmp_path / "curves.png").exists()
+    assert "\n| mt-sac | 1 | 0.90 (0.90 to 0.90) | 0.90 (0.90 to 0.90) | – | 0.10 |\n" in out
+    assert (runs / "curves.png").exists()
 
 
 @pytest.mark.parametrize("benchmark", ["ablation", "comparison"])
@@ -198,7 +191,7 @@ def test_kept_runs_are_what_the_script_runs(tmp_path, monkeypatch, capsys, bench
         mine = json.loads(json.dumps(dataclasses.asdict(args)))
         changed = {name for name in mine.keys() & kept.keys() if mine[name] != kept[name]}
         assert changed <= {"run_dir", "device", "checkpoint_minutes"}
-    assert main("--benchmark", benchmark, "--jobs", "0", "--out", tmp_path, function=command(ablation)) == 0
+    assert main("--benchmark", benchmark, function=command(ablation)) == 0
     assert capsys.readouterr().out.partition(str(tmp_path))[0] in (RESULTS / "README.md").read_text()
 
 
