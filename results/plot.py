@@ -108,7 +108,7 @@ def plot_mt10(path: Path) -> None:
         steps = curves[0][0]
         success = np.array([values for _, values in curves])
         label = f"{name}, {len(curves)} seeds" if len(curves) > 1 else f"{name}, one seed"
-        axis.plot(steps, success.mean(0), color=color, label=label)
+        axis.plot(steps, success.mean(0), ".-", color=color, markersize=4, label=label)
         axis.fill_between(steps, success.min(0), success.max(0), color=color, alpha=0.15, linewidth=0)
         if continued:
             steps, success = curve(read(RESULTS / continued), "success")
