@@ -246,3 +246,8 @@ def test_change_the_environments(tmp_path, monkeypatch):
     close(next_obs[..., 2], velocity, 1e-4)  # torque in [-2, 2], mass 1, length 1, steps of 0.05 s
     last = progress(tmp_path)[-1]
     assert not last.get("success") and float(last["return/15"]) < 0
+    example = (
+        snippet("Use it elsewhere", 1).replace("results/three-tasks", str(tmp_path)).replace("drawer-close-v3", "10")
+    )
+    exec(example.replace('info["success"]', "truncated"), names := {})  # the policy in these environments
+    assert names["step"] == 10 and names["env"].action_space.high == [1]
