@@ -115,9 +115,8 @@ def main(run: tyro.conf.Positional[Path], task: tuple[str, ...] = ()) -> None:
     # One palette for all frames: what does not move has the same colours in each, and takes no space.
     palette = Image.fromarray(np.concatenate(frames[:: max(1, len(frames) // 4)])).quantize(256)
     frames = [np.asarray(frame.quantize(palette=palette, dither=Image.Dither.NONE).convert("RGB")) for frame in frames]
-    path = run / "film.gif"
-    imageio.imwrite(path, frames, loop=0, duration=1000 / FRAMES_PER_SECOND)
-    print(path)
+    imageio.imwrite(run / "film.gif", frames, loop=0, duration=1000 / FRAMES_PER_SECOND)
+    print(run / "film.gif")
 
 
 if __name__ == "__main__":

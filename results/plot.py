@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Draw learning curves.
 
-    python results/plot.py results/RUN ...    RUN/progress.png: success (else return) of each task, and modules used
-    python results/plot.py                    results/mt10.png: the kept runs of MT10 beside published curves
+    python results/plot.py results/RUN ...    success (else return) of each task, and modules used
+    python results/plot.py                    kept runs of MT10 beside published curves; a star is a kept policy
 
-Points without a line are training episodes.
+Writes progress.png into the directory of each run, or results/mt10.png.
 """
 
 import csv
@@ -21,10 +21,10 @@ RESULTS = Path(__file__).parent
 BLUE, ORANGE, RED, PINK, SKY = "#0072B2", "#E69F00", "#D55E00", "#CC79A7", "#56B4E9"  # of Okabe and Ito
 LEGEND = {"frameon": False, "fontsize": "small", "title_fontsize": "small", "alignment": "left"}
 
-# mt10.png: name: colour, kept runs, and the one of them that was continued
+# mt10.png: name: colour; kept runs; steps and success of a kept policy, or the run of these that was continued
 OWN = {
-    "D2R, 2.05M parameters": (ORANGE, "MT10-gpu", None),
-    "D2R, 0.63M": (BLUE, "MT10-cpu", None),
+    "D2R, 2.05M parameters": (ORANGE, "MT10-gpu", (622_000, 0.53)),
+    "D2R, 0.63M": (BLUE, "MT10-cpu", (3_004_490, 0.54)),
     "D2R, 0.21M": (SKY, "comparison/d2r-seed[123]", "longer/d2r-seed3"),
     "MT-SAC (baseline), 0.23M": ("black", "comparison/mt-sac-seed[123]", "longer/mt-sac-seed3"),
 }
@@ -77,44 +77,45 @@ def plot(run: Path) -> None:
         panels["modules_used"] = "modules used"
     lines = -(-len(panels) // 6)
     columns = -(-len(panels) // lines)
-    size = (2.1 * columns, 1.75 * lines + 0.7)
-    figure, axes = plt.subplots(lines, columns, figsize=size, sharex=True, squeeze=False, layout="constrained")
+    options = {"figsize": (2.1 * columns, 1.75 * lines + 0.7), "sharex": True, "squeeze": False}
+    figure, axes = plt.subplots(lines, columns, layout="constrained", **options)
     for axis, (name, title) in zip(axes.flat, panels.items()):
-        training = curve(rows, f"train_{name}")
-        axis.plot(*training, ".", color=SKY, markersize=2, label="training" if training[0] else None)
-        axis.plot(*curve(rows, name), "o-", color=BLUE, markersize=3, linewidth=1, label="evaluation")
+        axis.plot(*curve(rows, f"train_{name}"), ".", color=SKY, markersize=2)
+        axis.plot(*curve(rows, name), "o-", color=BLUE, markersize=3, linewidth=1)
         axis.set_title(title, fontsize=9)
         if name.startswith("success"):
             axis.set_ylim(-0.05, 1.05)
         elif name == "modules_used":
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
         axis.grid(alpha=0.3)
         axis.tick_params(labelsize=8)
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     for axis in axes.flat[len(panels) :]:
         axis.remove()
-    figure.supxlabel("environment steps, summed over tasks", fontsize=9)
-    figure.supylabel(kind, fontsize=9)
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper right", ncols=2, fontsize=8, frameon=False)
+    for axis in axes[:, 0]:
+        axis.set_ylabel(kind, fontsize=9)
+    dots = "; line: evaluations, dots: training" if f"train_{kind}" in rows[-1] else ""
+    figure.supxlabel(f"environment steps, summed over tasks{dots}", fontsize=9)
     save(figure, run / "progress.png")
 
 
 def plot_mt10(path: Path) -> None:
     """The kept runs of MT10 beside published ones."""
     figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
-    for name, (color, pattern, continued) in OWN.items():
+    for name, (color, pattern, more) in OWN.items():
         curves = [curve(read(run), "success") for run in sorted(RESULTS.glob(pattern))]
         steps = curves[0][0]
         success = np.array([values for _, values in curves])
         label = f"{name}, {len(curves)} seeds" if len(curves) > 1 else f"{name}, one seed"
         axis.plot(steps, success.mean(0), ".-", color=color, markersize=4, label=label)
         axis.fill_between(steps, success.min(0), success.max(0), color=color, alpha=0.15, linewidth=0)
-        if continued:
-            steps, success = curve(read(RESULTS / continued), "success")
+        if isinstance(more, tuple):
+            axis.plot(*more, "*", color=color, markersize=13, markeredgecolor="black")
+        else:
+            steps, success = curve(read(RESULTS / more), "success")
             first = steps.index(1_000_000)
             axis.plot(steps[first:], success[first:], ":", color=color)
-    title = "this file, episodes of 200 steps\n(band: range over seeds; dotted: one of them)"
+    title = "this repository, episodes of 200 steps\n(band: range over seeds; dotted: one of them;\n★ kept policy)"
     axis.add_artist(axis.legend(title=title, loc="upper left", **LEGEND))
     published = []
     for name, (color, marker, success) in PUBLISHED.items():
@@ -122,7 +123,7 @@ def plot_mt10(path: Path) -> None:
     title = "published: arXiv 2503.05126,\nten seeds, episodes of 500 steps"
     axis.legend(handles=published, title=title, loc="lower right", **LEGEND)
     axis.set(xscale="log", xlim=(4.5e4, 2.2e7), ylim=(0, 1))
-    axis.set(xlabel="environment steps, summed over the ten tasks", ylabel="mean success rate, random goals")
+    axis.set(xlabel="environment steps of all ten tasks (log scale)", ylabel="mean success rate, random goals")
     axis.set_xticks([1e5, 3e5, 1e6, 3e6, 1e7, 2e7])
     axis.set_xticks([], minor=True)
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
