@@ -18,13 +18,13 @@ import tyro
 from matplotlib.ticker import EngFormatter
 
 RESULTS = Path(__file__).parent
-BLUE, ORANGE, RED, PINK, SKY = "#0072B2", "#E69F00", "#D55E00", "#CC79A7", "#56B4E9"  # of Okabe and Ito
+BLUE, ORANGE, GREEN, RED, PINK, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"  # Okabe, Ito
 LEGEND = {"frameon": False, "fontsize": "small", "title_fontsize": "small", "alignment": "left"}
 
 # mt10.png: name: colour; kept runs; steps and success of a kept policy, or the run of these that was continued
 OWN = {
     "D2R, 2.05M parameters": (ORANGE, "MT10-gpu", (622_000, 0.53)),
-    "D2R, 0.63M": (BLUE, "MT10-cpu", (3_004_490, 0.54)),
+    "D2R, 0.63M": (GREEN, "MT10-cpu", (3_004_490, 0.54)),
     "D2R, 0.21M": (SKY, "comparison/d2r-seed[123]", "longer/d2r-seed3"),
     "MT-SAC (baseline), 0.23M": ("black", "comparison/mt-sac-seed[123]", "longer/mt-sac-seed3"),
 }
@@ -115,7 +115,7 @@ def plot_mt10(path: Path) -> None:
             steps, success = curve(read(RESULTS / more), "success")
             first = steps.index(1_000_000)
             axis.plot(steps[first:], success[first:], ":", color=color)
-    title = "this repository, episodes of 200 steps\n(band: range over seeds; dotted: one of them;\n★ kept policy)"
+    title = "this repository, episodes of 200 steps\n(band: range over seeds; dotted: one of them;\n★: its policy in the repository)"
     axis.add_artist(axis.legend(title=title, loc="upper left", **LEGEND))
     published = []
     for name, (color, marker, success) in PUBLISHED.items():
