@@ -96,7 +96,7 @@ def plot(runs: dict[str, list], path: Path) -> None:
         axis.grid(alpha=0.3)
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.supxlabel(f"environment steps, summed over tasks (grey: {next(iter(runs))})", fontsize="medium")
-    figure.supylabel("success rate, mean and range over seeds", fontsize="medium")
+    figure.supylabel("success rate", fontsize="medium")
     save(figure, path)
 
 
