@@ -43,22 +43,22 @@ def save(figure, path: Path) -> None:
 
 
 def read(run: Path) -> list[dict[str, float]]:
-    """The rows of RUN/progress.csv, without what was not measured."""
+    """The rows of RUN/progress.csv, without what was not measured. There are none before the first updates."""
     path = run / "progress.csv"
     if not path.exists():
-        sys.exit(f"error: {path} does not exist")
+        return []
     rows = csv.DictReader(path.read_text().splitlines())
     return [{name: float(value) for name, value in row.items() if value} for row in rows]
 
 
 def evaluations(run: Path) -> list[dict[str, float]]:
     """The evaluations of a run, if it is finished; else nothing."""
-    if not (run / "progress.csv").exists():
-        return []
     rows = [row for row in read(run) if "success" in row]
+    if not rows:
+        return []
     saved = json.loads((run / "args.json").read_text())
     total = saved["args"]["steps"] * len(saved["tasks"])
-    return rows if rows and rows[-1]["global_step"] >= total else []
+    return rows if rows[-1]["global_step"] >= total else []
 
 
 def curve(rows: list[dict[str, float]], column: str) -> tuple[list[float], list[float]]:
@@ -70,15 +70,15 @@ def curve(rows: list[dict[str, float]], column: str) -> tuple[list[float], list[
 def plot(run: Path) -> None:
     """progress.png: a panel for each task."""
     rows = read(run)
+    if not rows:
+        sys.exit(f"error: {run / 'progress.csv'} has no row yet; rows begin with the updates")
     tasks = json.loads((run / "args.json").read_text())["tasks"]
     kind = "success" if any("success" in row or "train_success" in row for row in rows) else "return"
-    panels = {kind: "mean", **{f"{kind}/{task}": task for task in tasks}}
-    if any("modules_used" in row for row in rows):
-        panels["modules_used"] = "modules used"
+    panels = {kind: "mean", **{f"{kind}/{task}": task for task in tasks}, "modules_used": "modules used"}
     lines = -(-len(panels) // 6)
     columns = -(-len(panels) // lines)
-    options = {"figsize": (2.1 * columns, 1.75 * lines + 0.7), "sharex": True, "squeeze": False}
-    figure, axes = plt.subplots(lines, columns, layout="constrained", **options)
+    size = (2.1 * columns, 1.75 * lines + 0.7)
+    figure, axes = plt.subplots(lines, columns, figsize=size, sharex=True, squeeze=False, layout="constrained")
     for axis, (name, title) in zip(axes.flat, panels.items()):
         axis.plot(*curve(rows, f"train_{name}"), ".", color=SKY, markersize=2)
         axis.plot(*curve(rows, name), "o-", color=BLUE, markersize=3, linewidth=1)

@@ -56,8 +56,7 @@ def rollout(actor, args, envs, tasks: list[int]):
         ended = terminated | truncated
         now = np.where(ended, infos.get("final_info", {}).get("success", 0), infos.get("success", 0)) > 0
         success = success | now
-        tensors = (logits.softmax(-1), used, weights)
-        yield Steps(*(tensor.numpy() for tensor in tensors), success, ended)
+        yield Steps(logits.softmax(-1).numpy(), used.numpy(), weights.numpy(), success, ended)
         success = success & ~ended
 
 

@@ -131,6 +131,9 @@ def test_plots(tmp_path):
     assert [values[0] for values in lines.values() if len(values) == 21][1] == last[2]  # the one that is continued
     (tmp_path / "args.json").write_text('{"tasks": ["a"]}')
     header = "global_step,success,success/a,return,return/a,train_return,modules_used,modules_used/a\n"
+    for empty in ("", header):
+        (tmp_path / "progress.csv").write_text(empty)
+        assert main(tmp_path, function=command(plot)) == 1
     for rows, evaluated, trained in (("50,,,,,-9,,\n", [], [-9]), ("50\n500,,,-7,-7,,3,3\n", [-7], [])):
         (tmp_path / "progress.csv").write_text(header + rows)
         plot.plot(tmp_path)
