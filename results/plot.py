@@ -21,12 +21,12 @@ RESULTS = Path(__file__).parent
 BLUE, ORANGE, GREEN, RED, PINK, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"  # Okabe, Ito
 LEGEND = {"frameon": False, "fontsize": "small", "title_fontsize": "small", "alignment": "left"}
 
-# mt10.png: name: colour; kept runs; steps and success of a kept policy, or the run of these that was continued
+# mt10.png: name: colour; kept runs; steps and success of a kept policy, or longer runs with the same settings
 OWN = {
     "D2R, 2.05M parameters": (ORANGE, "MT10-gpu", (622_000, 0.53)),
     "D2R, 0.63M": (GREEN, "MT10-cpu", (3_004_490, 0.54)),
-    "D2R, 0.21M": (SKY, "comparison/d2r-seed[123]", "longer/d2r-seed3"),
-    "MT-SAC (baseline), 0.23M": ("black", "comparison/mt-sac-seed[123]", "longer/mt-sac-seed3"),
+    "D2R, 0.21M": (SKY, "comparison/d2r-seed[123]", "longer/d2r-seed[123]"),
+    "MT-SAC (baseline), 0.23M": ("black", "comparison/mt-sac-seed[123]", "longer/mt-sac-seed[123]"),
 }
 # Mean success on MT10 with random goals after so many environment steps, read off the figures of arXiv
 # 2503.05126 (to about 0.01): episodes of 500 steps, batch 1,280, 10 seeds; V2 rewards, as here.
@@ -112,10 +112,9 @@ def plot_mt10(path: Path) -> None:
         if isinstance(more, tuple):
             axis.plot(*more, "*", color=color, markersize=13, markeredgecolor="black")
         else:
-            steps, success = curve(read(RESULTS / more), "success")
-            first = steps.index(1_000_000)
-            axis.plot(steps[first:], success[first:], ":", color=color)
-    title = "this repository, episodes of 200 steps\n(band: range over seeds; dotted: one of them;\n★: its policy in the repository)"
+            for run in sorted(RESULTS.glob(more)):
+                axis.plot(*curve(read(run), "success"), ":", color=color)
+    title = "this repository, episodes of 200 steps\n(band: range over seeds; dotted: longer runs, one each;\n★: its policy in the repository)"
     axis.add_artist(axis.legend(title=title, loc="upper left", **LEGEND))
     published = []
     for name, (color, marker, success) in PUBLISHED.items():

@@ -128,7 +128,7 @@ def test_plots(tmp_path):
     seeds = [plot.read(RESULTS / f"comparison/mt-sac-seed{seed}") for seed in (1, 2, 3)]
     last = [[row["success"] for row in rows if "success" in row][-1] for rows in seeds]
     assert lines["MT-SAC (baseline), 0.23M, 3 seeds"][-1] == np.mean(last)
-    assert [values[0] for values in lines.values() if len(values) == 21][1] == last[2]  # the one that is continued
+    assert [values[19] for values in lines.values() if len(values) == 40][1] == last[2]  # the one that was continued
     (tmp_path / "args.json").write_text('{"tasks": ["a"]}')
     header = "global_step,success,success/a,return,return/a,train_return,modules_used,modules_used/a\n"
     for empty in ("", header):
